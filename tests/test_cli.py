@@ -1,0 +1,327 @@
+"""The command line: good runs, bad input, interruption."""
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+
+def tree(folder):
+    return {
+        p.relative_to(folder): p.read_bytes()
+        for p in folder.rglob("*")
+        if p.is_file()
+    }
+
+
+def one_line(done, *needles):
+    "Exit code 2 and a single line on stderr that says what was wrong."
+    assert done.returncode == 2, (done.returncode, done.stderr)
+    lines = [x for x in done.stderr.splitlines() if x.strip()]
+    assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr
+    for needle in needles:
+        assert str(needle) in lines[0], lines[0]
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["--help"],
+        ["data", "--help"],
+        ["data", "list", "--help"],
+        ["data", "get", "--help"],
+        ["train", "--help"],
+        ["generate", "--help"],
+        ["estimate", "--help"],
+    ],
+)
+def test_help(cli, args):
+    done = cli(*args)
+    assert done.returncode == 0
+    assert "Usage" in done.stdout and len(done.stdout) > 100
+
+
+def test_version(cli):
+    assert re.match(r"\d+\.\d+\.\d+$", cli("--version").stdout.strip())
+
+
+def test_train_leaves_a_model_and_generate_uses_it(cli, run):
+    names = {p.name for p in run.iterdir()}
+    assert {
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "generation_config.json",
+        "run.json",
+        "log.jsonl",
+    } <= names
+    log = [json.loads(x) for x in (run / "log.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in log] == list(range(1, 61))
+    assert log[-1]["loss"] < 0.7 * log[0]["loss"]
+    texts = [
+        cli(
+            "generate",
+            run,
+            "--prompt",
+            "the king",
+            "--seed",
+            5,
+            "--max-new-tokens",
+            20,
+        ).stdout
+        for _ in range(2)
+    ]
+    assert texts[0] == texts[1] and texts[0].startswith("the king")
+    greedy = [
+        cli(
+            "generate",
+            run,
+            "--prompt",
+            "the",
+            "--temperature",
+            0,
+            "--seed",
+            seed,
+        ).stdout
+        for seed in (1, 2)
+    ]
+    assert greedy[0] == greedy[1]
+
+
+def test_same_seed_same_model(cli, run, text_folder, tmp_path):
+    done = cli(
+        "train",
+        "--preset",
+        "nano",
+        "--data",
+        text_folder,
+        "--out",
+        tmp_path / "again",
+        "--steps",
+        60,
+    )
+    assert done.returncode == 0
+    assert (tmp_path / "again/model.safetensors").read_bytes() == (
+        run / "model.safetensors"
+    ).read_bytes()
+
+
+def test_config_file(cli, text_folder, tmp_path):
+    (tmp_path / "run.toml").write_text(
+        f'preset = "nano"\ndata = "{text_folder}"\n'
+        "[model]\nn_layers = 1\n[train]\nn_steps = 3\n"
+    )
+    done = cli(
+        "train", "--config", tmp_path / "run.toml", "--out", tmp_path / "out"
+    )
+    assert done.returncode == 0, done.stderr
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config["num_hidden_layers"] == 1
+
+
+def test_jsonl_and_markdown_folders(cli, tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "a.jsonl").write_text(
+        "".join(
+            json.dumps({"text": f"line {n} says so. " * 40}) + "\n"
+            for n in range(20)
+        )
+    )
+    (data / "b.md").write_text("# Title\n\n" + "some words here. " * 200)
+    done = cli(
+        "train",
+        "--preset",
+        "nano",
+        "--data",
+        data,
+        "--out",
+        tmp_path / "out",
+        "--steps",
+        2,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_prompt_longer_than_the_context(cli, run):
+    done = cli(
+        "generate",
+        run,
+        "--prompt",
+        "the king speaks " * 99,
+        "--max-new-tokens",
+        5,
+    )
+    assert done.returncode == 0 and "note: the prompt has" in done.stderr
+
+
+BAD_TRAIN = {
+    "missing folder": (["--data", "{tmp}/nothing"], ["nothing"]),
+    "empty folder": (["--data", "{tmp}/empty"], ["empty"]),
+    "not UTF-8": (["--data", "{tmp}/latin"], ["a.txt", "offset 3"]),
+    "bad json line": (["--data", "{tmp}/jsonl"], ["a.jsonl", "2"]),
+    "too short": (["--data", "{tmp}/short"], ["tokens", "64"]),
+    "unknown preset": (["--preset", "lapptop"], ["'laptop'"]),
+    "unknown data": (["--data", "shakespere"], ["'shakespeare'"]),
+    "zero steps": (["--steps", "0"], ["n_steps", "0"]),
+    "steps not a number": (["--steps", "many"], ["--steps"]),
+    "missing config": (["--config", "{tmp}/no.toml"], ["no.toml"]),
+    "config not TOML": (["--config", "{tmp}/bad.toml"], ["bad.toml"]),
+    "config with unknown key": (
+        ["--config", "{tmp}/key.toml"],
+        ["n_layer", "n_layers"],
+    ),
+    "config with wrong type": (["--config", "{tmp}/type.toml"], ["d_model"]),
+    "config that nothing can load": (
+        ["--config", "{tmp}/odd.toml"],
+        ["post", "pre_norm"],
+    ),
+    "nothing to resume": (["--resume"], ["--resume"]),
+}
+
+
+@pytest.mark.parametrize("name", BAD_TRAIN)
+def test_bad_training_input(cli, tmp_path, text_folder, name):
+    for folder in ("empty", "latin", "jsonl", "short"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "latin/a.txt").write_bytes("Café".encode("latin-1"))
+    (tmp_path / "jsonl/a.jsonl").write_text('{"text": "fine"}\nnot json\n')
+    for file in "ab":
+        (tmp_path / f"short/{file}.txt").write_text("a few words")
+    (tmp_path / "bad.toml").write_text("preset = ")
+    (tmp_path / "key.toml").write_text("[model]\nn_layer = 2\n")
+    (tmp_path / "type.toml").write_text('[model]\nd_model = "wide"\n')
+    (tmp_path / "odd.toml").write_text("[model]\npre_norm = false\n")
+    args, needles = BAD_TRAIN[name]
+    args = [a.format(tmp=tmp_path) for a in args]
+    for option, value in (("--preset", "nano"), ("--data", text_folder)):
+        if option not in args and "--resume" not in args:
+            args += [option, value]
+    before = tree(tmp_path)
+    done = cli("train", "--out", tmp_path / "out", *args)
+    if name == "config that nothing can load":
+        needles = ["pre_norm"]
+    one_line(done, *needles)
+    assert tree(tmp_path) == before
+    assert not (tmp_path / "out").exists()
+
+
+def test_output_folder_that_holds_a_run(cli, run, text_folder):
+    before = tree(run)
+    done = cli(
+        "train", "--preset", "nano", "--data", text_folder, "--out", run
+    )
+    one_line(done, "--resume", run)
+    assert tree(run) == before
+
+
+def test_output_folder_that_holds_other_files(cli, text_folder, tmp_path):
+    (tmp_path / "thesis.doc").write_text("years of work")
+    done = cli(
+        "train", "--preset", "nano", "--data", text_folder, "--out", tmp_path
+    )
+    one_line(done, tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.doc"]
+
+
+@pytest.mark.parametrize(
+    "args, needle",
+    [
+        (["--temperature", "-1"], "temperature"),
+        (["--top-p", "1.5"], "top_p"),
+        (["--top-p", "0"], "top_p"),
+        (["--top-k", "0"], "top_k"),
+        (["--top-k", "100000"], "top_k"),
+        (["--max-new-tokens", "0"], "max_new"),
+        (["--repetition-penalty", "0"], "repetition_penalty"),
+    ],
+)
+def test_impossible_sampling(cli, run, args, needle):
+    one_line(cli("generate", run, *args), needle)
+
+
+def test_not_a_model(cli, tmp_path):
+    one_line(cli("generate", tmp_path / "none"), "none")
+    one_line(cli("generate", tmp_path), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    ["cut weights", "no weights", "bad config", "bad tokenizer", "pickle"],
+)
+def test_damaged_model(cli, run, tmp_path, damage):
+    copy = tmp_path / "model"
+    shutil.copytree(run, copy, ignore=shutil.ignore_patterns("checkpoints"))
+    weights = copy / "model.safetensors"
+    if damage == "cut weights":
+        weights.write_bytes(weights.read_bytes()[:5000])
+    elif damage == "no weights":
+        weights.unlink()
+    elif damage == "pickle":
+        import pickle
+
+        weights.write_bytes(pickle.dumps({"a": 1}))
+    elif damage == "bad config":
+        (copy / "config.json").write_text("{")
+    else:
+        (copy / "tokenizer.json").write_text("[]")
+    one_line(cli("generate", copy), copy)
+
+
+def test_ctrl_c_saves_and_resume_goes_on(cli, text_folder, tmp_path):
+    args = ["train", "--preset", "nano", "--data", text_folder, "--out"]
+    whole = tmp_path / "whole"
+    assert cli(*args, whole, "--steps", 300).returncode == 0
+    out, err = tmp_path / "run", tmp_path / "err"
+    command = [sys.executable, "-m", "llm_from_scratch.cli", *args, out]
+    with open(err, "w") as stream:
+        process = subprocess.Popen(
+            [*command, "--steps", "300"], stderr=stream, text=True
+        )
+        while process.poll() is None and "loss" not in err.read_text():
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        process.wait(timeout=60)
+    assert process.returncode == 130, err.read_text()
+    assert f"train --out {out} --resume" in err.read_text().splitlines()[-1]
+    assert cli("generate", out, "--max-new-tokens", 3).returncode == 0
+    done = cli("train", "--out", out, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert (out / "model.safetensors").read_bytes() == (
+        whole / "model.safetensors"
+    ).read_bytes(), "resume is not exact"
+
+
+def test_full_disk(run, text_folder, tmp_path):
+    "A file system of 3 MB, in a mount namespace of its own."
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    script = (
+        f"mount -t tmpfs -o size=3m none {disk} && "
+        f"{sys.executable} -m llm_from_scratch.cli train --preset nano "
+        f"--data {text_folder} --out {disk}/run --steps 900 2>{tmp_path}/err; "
+        f"echo code $?; ls -A {disk}/run {disk}/run/checkpoints; "
+        f"{sys.executable} -m llm_from_scratch.cli generate {disk}/run "
+        "--max-new-tokens 3 && echo usable"
+    )
+    try:
+        done = subprocess.run(
+            ["unshare", "-rm", "sh", "-c", script],
+            text=True,
+            capture_output=True,
+            timeout=240,
+        )
+    except FileNotFoundError:
+        pytest.skip("no unshare on this machine")
+    if "mount" in done.stderr or "unshare" in done.stderr:
+        pytest.skip("this machine allows no mount namespaces")
+    assert "code 2" in done.stdout, done.stdout + done.stderr
+    last = (tmp_path / "err").read_text().strip().splitlines()[-1]
+    assert "No space left" in last and last.startswith("error: ")
+    assert ".step-" not in done.stdout, "a half-written checkpoint is left"
+    assert "usable" in done.stdout, "the checkpoint before is lost"

@@ -1,0 +1,142 @@
+"""Notebooks are clean, the package is in step, the order of the book holds."""
+
+import ast
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
+PACKAGE = ROOT / "llm_from_scratch"
+
+
+def toc_stems() -> list[str]:
+    toc = yaml.safe_load((ROOT / "_toc.yml").read_text())
+    return [Path(c["file"]).name for p in toc["parts"] for c in p["chapters"]]
+
+
+def cells(path: Path) -> list[dict]:
+    return json.loads(path.read_text(encoding="utf-8"))["cells"]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebook_is_clean(path, tmp_path):
+    from nbdev.clean import nbdev_clean
+
+    copy = shutil.copy(path, tmp_path / path.name)
+    nbdev_clean(fname=copy, clear_all=True)
+    assert Path(copy).read_bytes() == path.read_bytes(), (
+        f"run `nbdev_clean` on {path.name}"
+    )
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_cells_carry_no_metadata_and_known_directives(path):
+    known = (
+        "default_exp",
+        "export",
+        "exporti",
+        "hide",
+        "slow",
+        "echo:",
+        "label:",
+        "fig-cap:",
+        "tbl-cap:",
+    )
+    for cell in cells(path):
+        assert not cell["metadata"], f"{path.name}: cell {cell['id']}"
+        if cell["cell_type"] != "code":
+            continue
+        for line in "".join(cell["source"]).splitlines():
+            if line.startswith("#|"):
+                assert line[2:].split()[0] in known, f"{path.name}: {line}"
+
+
+def test_package_is_in_step(tmp_path, monkeypatch):
+    from nbdev.export import nb_export
+
+    for path in NOTEBOOKS:
+        nb_export(path, lib_path=tmp_path / "llm_from_scratch")
+    made = {p.name: p.read_text() for p in tmp_path.rglob("*.py")}
+    assert made, "nothing was exported"
+    for name, text in made.items():
+        if name not in ("_modidx.py", "__init__.py"):
+            committed = (PACKAGE / name).read_text()
+            assert committed == text, f"run `nbdev_export`: {name} differs"
+    ours = {p.name for p in PACKAGE.glob("*.py")}
+    assert ours - {"__init__.py", "_modidx.py"} == set(made) - {
+        "__init__.py",
+        "_modidx.py",
+    }, "a module has no notebook"
+
+
+def test_book_and_table_of_contents_agree():
+    stems = toc_stems()
+    assert sorted(stems + ["index"]) == sorted(p.stem for p in NOTEBOOKS)
+    numbers = [int(s[:2]) for s in stems if s[:2].isdigit() and s[:2] != "00"]
+    assert numbers == sorted(numbers)
+    assert stems[: len(numbers)] == sorted(stems[: len(numbers)])
+
+
+def test_notebook_makes_the_module_of_its_name():
+    names = {"D_command_line": "cli"}
+    for path in NOTEBOOKS:
+        text = "".join("".join(c["source"]) + "\n" for c in cells(path))
+        made = [
+            line.split()[-1]
+            for line in text.splitlines()
+            if line.startswith("#| default_exp")
+        ]
+        if made:
+            stem = path.stem
+            assert made == [names.get(stem, stem.split("_", 1)[1])], path.name
+
+
+def test_modules_import_only_from_earlier_chapters():
+    from llm_from_scratch.figures import CHAPTERS
+
+    order = list(CHAPTERS)
+    assert order == [
+        s[3:] for s in toc_stems() if s[0] == "0" and s != "00_figures"
+    ]
+    for path in PACKAGE.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (
+                node.module or ""
+            ).startswith("llm_from_scratch."):
+                used = node.module.split(".")[1]
+                if path.stem in order:
+                    assert used in order[: order.index(path.stem)], (
+                        f"{path.name} imports {used}, a later chapter"
+                    )
+                else:
+                    assert path.stem == "cli", f"{path.name} imports {used}"
+
+
+def test_recap_names_what_is_exported():
+    for path in NOTEBOOKS:
+        text = [("".join(c["source"])) for c in cells(path)]
+        if path.stem == "index" or path.stem[0] in "A":
+            continue
+        recap = next((t for t in text if t.startswith("## Recap")), None)
+        assert recap, f"{path.name} has no recap"
+        stem = "cli" if path.stem == "D_command_line" else path.stem[3:]
+        module = ast.parse((PACKAGE / f"{stem}.py").read_text())
+        exported = next(
+            ast.literal_eval(n.value)
+            for n in module.body
+            if isinstance(n, ast.Assign) and n.targets[0].id == "__all__"
+        )
+        public = [
+            n
+            for n in exported
+            if not n.isupper()
+            and n != "app"
+            and n != "data_app"
+            and n != "console"
+        ]
+        missing = [n for n in public if f"`{n}`" not in recap]
+        assert not missing, f"{path.name}: recap lacks {missing}"
