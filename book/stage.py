@@ -28,6 +28,7 @@ from nbdev.process import first_code_ln
 DIRECTIVES = {"default_exp", "export", "exporti", "hide", "slow", "echo",
               "label", "fig-cap", "tbl-cap"}
 WORDS = {"fig": "Figure", "tbl": "Table", "eq": "Equation", "sec": "Section"}
+ROMAN = ["", "I", "II", "III", "IV", "V", "VI", "VII", "VIII", "IX", "X"]
 COLUMNS = 79
 SLOW = "*Not run while the book is built: it takes too long.*"
 
@@ -79,7 +80,7 @@ class Chapter:
     "A notebook with its place in the book."
     file: str                # as in `_toc.yml`: nbs/04_attention
     path: Path               # of the notebook
-    part: str                # caption of the part it opens, or ""
+    part: tuple | None       # number and title of the part it opens
     word: str                # Chapter, Appendix or Preface
     number: str              # "4", "A", or "" for the preface
     cells: list[Cell]
@@ -111,10 +112,15 @@ def read_cells(path: Path) -> list[Cell]:
 def read_book(toc: Path) -> list[Chapter]:
     "The chapters in the order of the table of contents, preface first."
     content = yaml.safe_load(toc.read_text("utf-8"))
-    entries = [(content["root"], "")]
+    entries, opened = [(content["root"], None)], 0
     for part in content.get("parts") or [content]:
-        captions = [part.get("caption", "")] + [""] * len(part["chapters"])
-        entries += zip((c["file"] for c in part["chapters"]), captions)
+        files = [chapter["file"] for chapter in part["chapters"]]
+        title = part.get("caption")
+        if numbered := any(re.match(r".*/[0-9]*[1-9]_", f) for f in files):
+            opened += 1
+        number = ROMAN[opened] if numbered else ""
+        entries.append((files[0], (number, title) if title else None))
+        entries += [(file, None) for file in files[1:]]
     letters = [m[1] for f, _ in entries
                if (m := re.match(r"([A-Z])_", Path(f).name))]
     book = []
@@ -324,7 +330,7 @@ class Pandoc:
         return f'\n\n[$${tex}$$]{{#{label} .equation number="{number}"}}\n\n'
 
     def admonition(self, kind, title, body):
-        return f'\n::: {{.admonition .{kind} title="{title}"}}\n{body}\n:::\n'
+        return f"\n::: {{.admonition .{kind}}}\n{title}\n\n{body}\n:::\n"
 
 
 @dataclass
@@ -455,8 +461,9 @@ class Render:
 
     def cells(self):
         "Pairs of a shown cell and the blocks that it becomes."
-        for self.cell in self.chapter.cells:
-            if self.cell.kind == "markdown":
+        for cell in self.chapter.cells:
+            self.cell = cell
+            if cell.kind == "markdown":
                 yield self.cell, [("text", self.markdown(self.cell.source))]
             elif not self.cell.has("hide", "default_exp"):
                 blocks = []
@@ -529,9 +536,10 @@ def site_notebook(render: Render) -> str:
 
 def print_chapter(render: Render) -> str:
     "A chapter for pandoc."
-    page, part = [], render.chapter.part
-    if part:
-        page.append(f"\n::: {{.part}}\n{part}\n:::\n")
+    page = []
+    if render.chapter.part:
+        number, title = render.chapter.part
+        page.append(f'\n# {title} {{word="Part" number="{number}"}}\n')
     infos = {"code": "python", "stderr": " {.stderr}"}
     for _, blocks in render.cells():
         for kind, content in blocks:
@@ -552,7 +560,7 @@ def stage(book: list[Chapter], toc: Path, bib: Path, out: Path) -> None:
         for cell in chapter.cells:
             problems += [f"{cell.where}: {p}" for p in check_cell(cell)]
     if problems:
-        raise BookError("\n".join(problems))
+        raise BookError("\n".join(dict.fromkeys(problems)))
 
     def render(writer, collect=False):
         for chapter in book:
@@ -566,7 +574,8 @@ def stage(book: list[Chapter], toc: Path, bib: Path, out: Path) -> None:
         pages.append(print_chapter(one))
         problems += one.problems
     if problems:
-        raise BookError("\n".join(problems))
+        raise BookError("\n".join(dict.fromkeys(problems)))
+    pages.append('\n# Bibliography {word="Bibliography" number=""}\n')
     write(out / "print" / "book.md", "\n".join(pages))
     for one in render(Myst()):
         write(site / f"{one.chapter.file}.ipynb", site_notebook(one))

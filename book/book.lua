@@ -1,0 +1,117 @@
+-- What staging marks with classes and attributes, in Typst's words (the PDF)
+-- or in plain pandoc elements (the EPUB).
+local typst = FORMAT == "typst"
+
+local function raw(text) return pandoc.RawBlock("typst", text) end
+
+local function quoted(text)
+  text = text:gsub("\\", "\\\\"):gsub('"', '\\"'):gsub("\n", "\\n")
+  return '"' .. text .. '"'
+end
+
+local function content(blocks)
+  return "[" .. pandoc.write(pandoc.Pandoc(blocks), "typst") .. "]"
+end
+
+local function inline(inlines) return content({pandoc.Plain(inlines)}) end
+
+local function formula(math, number)
+  local body = pandoc.write(pandoc.Pandoc({pandoc.Plain({math})}), "typst")
+  body = body:gsub("^%s+", ""):gsub("%s+$", "")
+  body = body:gsub("(%a)%.circle", "%1.o")  -- renamed in Typst 0.14
+  local extra = number and (", number: " .. quoted(number)) or ""
+  local alt = math.text:gsub("^%s+", ""):gsub("%s+$", ""):gsub("%s+", " ")
+  return "#m(" .. quoted(alt) .. ", " .. body .. extra .. ")"
+end
+
+-- First: formulas, and the numbers in captions.
+local function Span(span)
+  if span.classes:includes("number") then
+    return pandoc.Strong(span.content)
+  elseif span.classes:includes("equation") then
+    local number = span.attributes.number
+    span.attributes.number = nil
+    if typst then
+      return pandoc.RawInline("typst", formula(span.content[1], number)
+        .. " <" .. span.identifier .. ">")
+    end
+    span.content:insert(pandoc.Str("\u{2003}(" .. number .. ")"))
+    return span
+  end
+end
+
+local function Math(math)
+  if typst then return pandoc.RawInline("typst", formula(math) .. ";") end
+end
+
+-- Then: blocks.
+local function Header(header)
+  local number, word = header.attributes.number, header.attributes.word
+  header.attributes.number, header.attributes.word = nil, nil
+  if typst then
+    local level = header.level + 1
+    if word == "Part" or (header.level == 1 and number == "") then
+      level = 1
+    end
+    local label = ""
+    if header.identifier:match("^%a+%-") and word then
+      label = " <" .. header.identifier .. ">"
+    end
+    local numbering = "none"
+    if number and number ~= "" then
+      numbering = "(..n) => " .. quoted(number)
+    end
+    return raw("#heading(level: " .. level .. ", numbering: " .. numbering
+      .. ", supplement: [" .. (word or "") .. "])" .. inline(header.content)
+      .. label .. "\n")
+  end
+  if number and number ~= "" then
+    header.content:insert(1, pandoc.Str(number .. "\u{2002}"))
+  end
+  return header
+end
+
+local function CodeBlock(block)
+  if not typst then return end
+  local call, lang = "code", block.classes[1] or "text"
+  if lang == "output" or lang == "stderr" then call, lang = lang, "text" end
+  return raw("#" .. call .. "(raw(block: true, lang: " .. quoted(lang) .. ", "
+    .. quoted(block.text) .. "))")
+end
+
+local function Figure(figure)
+  if not typst then return end
+  local image
+  figure:walk({Image = function(found) image = found end})
+  if not image then return end
+  return raw("#picture(" .. quoted("/stage/nbs/" .. image.src) .. ", "
+    .. quoted(pandoc.utils.stringify(image.caption)) .. ", "
+    .. inline(figure.caption.long[1].content) .. ") <" .. figure.identifier
+    .. ">")
+end
+
+local function Div(div)
+  if div.classes:includes("admonition") then
+    local title = div.content:remove(1).content
+    if typst then
+      return raw("#admonition(" .. quoted(div.classes[2]) .. ", "
+        .. inline(title) .. ", " .. content(div.content) .. ")")
+    end
+    div.content:insert(1, pandoc.Para({pandoc.Strong(title)}))
+    return div
+  end
+end
+
+-- The quotation right after a chapter's title is its promise.
+local function Blocks(blocks)
+  for i = 2, #blocks do
+    if typst and blocks[i].t == "BlockQuote" and blocks[i - 1].t == "Header"
+        and blocks[i - 1].level == 1 then
+      blocks[i] = raw("#promise" .. content(blocks[i].content))
+    end
+  end
+  return blocks
+end
+
+return {{Span = Span}, {Math = Math}, {Blocks = Blocks},
+        {Header = Header, CodeBlock = CodeBlock, Figure = Figure, Div = Div}}
