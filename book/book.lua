@@ -15,12 +15,18 @@ end
 
 local function inline(inlines) return content({pandoc.Plain(inlines)}) end
 
+-- Pandoc's translation, where it misses: spaces, names of operators, the
+-- columns of cases, names that Typst has changed.
 local function formula(math, number)
+  local alt = math.text:gsub("^%s+", ""):gsub("%s+$", ""):gsub("%s+", " ")
+  math.text = math.text:gsub("\\;", "\\:"):gsub("\\!", "")
   local body = pandoc.write(pandoc.Pandoc({pandoc.Plain({math})}), "typst")
   body = body:gsub("^%s+", ""):gsub("%s+$", "")
-  body = body:gsub("(%a)%.circle", "%1.o")  -- renamed in Typst 0.14
+  body = body:gsub('([^%(])"(%a+)"', '%1op("%2")'):gsub("(%a)%.circle", "%1.o")
+  body = body:gsub("cases(%b())", function(cases)
+    return "cases" .. cases:gsub(" & ", " quad & ")
+  end)
   local extra = number and (", number: " .. quoted(number)) or ""
-  local alt = math.text:gsub("^%s+", ""):gsub("%s+$", ""):gsub("%s+", " ")
   return "#m(" .. quoted(alt) .. ", " .. body .. extra .. ")"
 end
 
@@ -43,6 +49,9 @@ end
 local function Math(math)
   if typst then return pandoc.RawInline("typst", formula(math) .. ";") end
 end
+
+-- Citations are text by now.
+local function Cite(cite) return cite.content end
 
 -- Then: blocks.
 local function Header(header)
@@ -86,8 +95,14 @@ local function Figure(figure)
   if not image then return end
   return raw("#picture(" .. quoted("/stage/nbs/" .. image.src) .. ", "
     .. quoted(pandoc.utils.stringify(image.caption)) .. ", "
-    .. inline(figure.caption.long[1].content) .. ") <" .. figure.identifier
-    .. ">")
+    .. inline(figure.caption.long[1].content) .. ", "
+    .. quoted(figure.identifier) .. ")")
+end
+
+local function Table(table)
+  if not typst then return end
+  return raw((content({table}):sub(2, -2):gsub("align%(center%)",
+    "align(left)", 1)))
 end
 
 local function Div(div)
@@ -99,6 +114,8 @@ local function Div(div)
     end
     div.content:insert(1, pandoc.Para({pandoc.Strong(title)}))
     return div
+  elseif div.identifier == "refs" and typst then
+    return raw("#references" .. content(div.content))
   end
 end
 
@@ -113,5 +130,6 @@ local function Blocks(blocks)
   return blocks
 end
 
-return {{Span = Span}, {Math = Math}, {Blocks = Blocks},
-        {Header = Header, CodeBlock = CodeBlock, Figure = Figure, Div = Div}}
+return {{Span = Span, Cite = Cite}, {Math = Math}, {Blocks = Blocks},
+        {Header = Header, CodeBlock = CodeBlock, Figure = Figure, Table = Table,
+         Div = Div}}

@@ -35,17 +35,17 @@ SLOW = "*Not run while the book is built: it takes too long.*"
 # The dialect of the Markdown cells. What stands first wins, so that nothing
 # is translated inside code or mathematics.
 DIALECT = re.compile(r"""
-    (?P<fence>^[ ]*(?P<ticks>`{3,}|~{3,})(?P<fenced>.*?)^[ ]*(?P=ticks)[ ]*$)
+    (?P<fence>^[ ]*(?P<ticks>`{3,}|~{3,})(?P<fenced>(?s:.*?))^[ ]*(?P=ticks)[ ]*$)
   | (?P<admonition>^>[ ]?\[!(?P<kind>\w+)\][ ]*(?P<head>.*)\n?
                    (?P<body>(?:^>.*\n?)*))
   | (?P<heading>^(?P<level>\#+)[ ]+(?P<title>.+?)
                 (?:[ ]+\{\#(?P<sec>[\w-]+)\})?[ ]*$)
-  | (?P<table>(?P<rows>(?:^[ ]*\|.*\n)+)\n:[ ]+(?P<tcap>(?:(?!\n\n).)+?)\s*
+  | (?P<table>(?P<rows>(?:^[ ]*\|.*\n)+)\n:[ ]+(?P<tcap>(?s:(?:(?!\n\n).)+?))\s*
               \{\#(?P<tbl>[\w-]+)\})
   | (?P<figure>!\[(?P<fcap>(?:\\.|\[[^\]]*\]|[^\]\\])*)\]\((?P<src>[^)\s]+)\)
                (?:\{\#(?P<fig>[\w-]+)\})?)
-  | (?P<display>\$\$(?P<tex>.+?)\$\$(?:[ ]*\{\#(?P<eq>[\w-]+)\})?)
-  | (?P<code>(?P<tick>`+)(?!`).+?(?<!`)(?P=tick)(?!`))
+  | (?P<display>\$\$(?P<tex>(?s:.+?))\$\$(?:[ ]*\{\#(?P<eq>[\w-]+)\})?)
+  | (?P<code>(?P<tick>`+)(?!`)(?s:.+?)(?<!`)(?P=tick)(?!`))
   | (?P<escape>\\.)
   | (?P<math>\$(?=\S)(?:\\.|[^$\\])+?(?<=\S)\$(?!\d))
   | (?P<cite>\[(?P<keys>@[\w:.-]+(?:;[ \n]*@[\w:.-]+)*)\])
@@ -53,7 +53,7 @@ DIALECT = re.compile(r"""
   | (?P<ref>(?<![\w@./-])@(?P<to>\w[\w-]*))
   | (?P<link>\]\((?!https?://|mailto:)(?P<href>[^)\s]*)\))
   | (?P<html></?[a-zA-Z][\w-]*(?:\s[^<>]*)?/?>|<!--)
-""", re.X | re.M | re.S)
+""", re.X | re.M)
 ESCAPES = re.compile(r"\x1b(?:[@-Z\\-_]|\[[0-?]*[ -/]*[@-~])")
 BAR = re.compile(r"^.*\d+%\|.*\|.*$|^\d+it \[.*\]$")
 
@@ -400,7 +400,7 @@ class Render:
         return self.writer.cite(keys)
 
     def figure(self, caption: str, src: str, label: str) -> str:
-        if self.collect and not (self.drawn / ".." / src).exists():
+        if self.collect and not (self.drawn.parent / src).exists():
             self.complain(f"the picture {src} does not exist")
         number, alt = self.number("fig", label), plain(self.words(caption))
         return self.writer.figure(self.markdown(caption.strip()), alt, src,
