@@ -6,6 +6,7 @@ that it depends on has changed since it was made last.
 import argparse
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -15,7 +16,7 @@ from pathlib import Path
 os.environ.setdefault("SOURCE_DATE_EPOCH", "1767225600")  # 2026-01-01
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 from book.execute import ROOT, execute  # noqa: E402
-from book.stage import BookError, read_book, stage, write  # noqa: E402
+from book.stage import BookError, read_book, stage  # noqa: E402
 
 HERE = ROOT / "book"
 NAME = "llm-from-scratch"
@@ -72,11 +73,11 @@ def build_pdf(out: Path) -> Path:
     "Pandoc to Typst, Typst to PDF, with our template and the wheel's fonts."
     import typst
 
-    folder, conf = out / "print", settings()
-    for file in HERE.glob("*.typ"):
-        write(folder / file.name, file.read_bytes())
+    folder, conf = out / "typst", settings()
+    folder.mkdir(exist_ok=True)
+    shutil.copy(HERE / "template.typ", folder)
     source, target = folder / "book.typ", out / f"{NAME}.pdf"
-    pandoc(folder / "book.md", source, out, "--to", "typst",
+    pandoc(out / "print" / "book.md", source, out, "--to", "typst",
            "--standalone", "--template", str(HERE / "main.typ"),
            "--variable", f"version={conf['version']}",
            "--variable", f"copyright={conf['copyright']}",
@@ -145,7 +146,7 @@ def make(product: str, out: Path) -> str:
     now = digest(*inputs(product, out))
     fresh = known[0] == now and Path(known[1]).exists()
     path = Path(known[1]) if fresh else BUILDERS[product](out)
-    write(note, f"{now}\n{path}")
+    note.write_text(f"{now}\n{path}")
     size = path.stat().st_size
     if product == "html":
         size = sum(f.stat().st_size for f in path.parent.rglob("*")

@@ -1,28 +1,32 @@
 """Staging: from executed notebooks to the pages that both renderers read.
 
-`stage(chapters, out, bib)` fills two folders:
+`stage(book, toc, bib, out)` fills two folders:
 
 `out/stage`  the site's source, for Jupyter Book: notebooks in MyST's spelling
-             with their outputs, `_toc.yml`, `references.bib`, and
-             `references.md`, the page with the bibliography.
-`out/print`  `book.md`, the whole book in pandoc's spelling.
+             with what they printed, the pictures they drew (`nbs/drawn`),
+             `_toc.yml`, `references.bib`, and `references.md`, the page of
+             the bibliography.
+`out/print`  `book.md`, the whole book in pandoc's spelling, for PDF and EPUB.
 
-All numbers are given here, once, so that the site and the PDF agree: titles
-arrive as "4. Attention" and "4.2. Scores", captions as "**Figure 4.2.** ...",
+All numbers are given here, once, so that the products agree: titles arrive
+as "4. Attention" and "4.2. Scores", captions as "**Figure 4.2.** ...",
 equations with `\\tag{4.2}`, references as links with literal text. A renderer
-must number nothing itself (Sphinx: `numfig: False`, no `numbered:` in the
-table of contents). Every figure and captioned table is a MyST directive in a
-Markdown cell; pictures drawn by cells are files in `stage/nbs/drawn`. Code
-cells keep only what they printed. Citations are `{cite:p}` roles.
+numbers nothing (for Sphinx: `numfig: False`, no `numbered:` in `_toc.yml`).
+Figures and captioned tables are directives in Markdown cells. Citations are
+`{cite:p}` and `{cite:t}` roles.
 """
+import base64
+import functools
 import json
 import re
-import shutil
 import unicodedata
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
+from fontTools.ttLib import TTFont
+from matplotlib import get_data_path
 from nbdev.process import first_code_ln
 
 DIRECTIVES = {"default_exp", "export", "exporti", "hide", "slow", "echo",
@@ -31,17 +35,20 @@ WORDS = {"fig": "Figure", "tbl": "Table", "eq": "Equation", "sec": "Section"}
 ROMAN = ["", "I", "II", "III", "IV", "V", "VI", "VII", "VIII", "IX", "X"]
 COLUMNS = 79
 SLOW = "*Not run while the book is built: it takes too long.*"
+PICTURES = {"image/svg+xml": "svg", "image/png": "png"}
+NBSP = "\N{NO-BREAK SPACE}"
 
 # The dialect of the Markdown cells. What stands first wins, so that nothing
 # is translated inside code or mathematics.
 DIALECT = re.compile(r"""
-    (?P<fence>^[ ]*(?P<ticks>`{3,}|~{3,})(?P<fenced>(?s:.*?))^[ ]*(?P=ticks)[ ]*$)
+    (?P<fence>^[ ]*(?P<ticks>`{3,}|~{3,})(?P<info>.*)\n
+              (?P<listing>(?s:.*?))^[ ]*(?P=ticks)[ ]*$)
   | (?P<admonition>^>[ ]?\[!(?P<kind>\w+)\][ ]*(?P<head>.*)\n?
                    (?P<body>(?:^>.*\n?)*))
   | (?P<heading>^(?P<level>\#+)[ ]+(?P<title>.+?)
                 (?:[ ]+\{\#(?P<sec>[\w-]+)\})?[ ]*$)
-  | (?P<table>(?P<rows>(?:^[ ]*\|.*\n)+)\n:[ ]+(?P<tcap>(?s:(?:(?!\n\n).)+?))\s*
-              \{\#(?P<tbl>[\w-]+)\})
+  | (?P<table>(?P<rows>(?:^[ ]*\|.*(?:\n|\Z))+)(?:\n:[ ]+
+              (?P<tcap>(?s:(?:(?!\n\n).)+?))\s*\{\#(?P<tbl>[\w-]+)\})?)
   | (?P<figure>!\[(?P<fcap>(?:\\.|\[[^\]]*\]|[^\]\\])*)\]\((?P<src>[^)\s]+)\)
                (?:\{\#(?P<fig>[\w-]+)\})?)
   | (?P<display>\$\$(?P<tex>(?s:.+?))\$\$(?:[ ]*\{\#(?P<eq>[\w-]+)\})?)
@@ -50,7 +57,7 @@ DIALECT = re.compile(r"""
   | (?P<math>\$(?=\S)(?:\\.|[^$\\])+?(?<=\S)\$(?!\d))
   | (?P<cite>\[(?P<keys>@[\w:.-]+(?:;[ \n]*@[\w:.-]+)*)\])
   | (?P<note>\[\^(?P<mark>[\w-]+)\])
-  | (?P<ref>(?<![\w@./-])@(?P<to>\w[\w-]*))
+  | (?P<ref>(?<![\w@./-])@(?P<to>\w(?:[\w-]*\w)?))
   | (?P<link>\]\((?!https?://|mailto:)(?P<href>[^)\s]*)\))
   | (?P<html></?[a-zA-Z][\w-]*(?:\s[^<>]*)?/?>|<!--)
 """, re.X | re.M)
@@ -69,7 +76,7 @@ class Cell:
     kind: str                # "code" or "markdown"
     source: str              # without the `#|` lines
     directives: dict         # name -> value, "" where there is none
-    outputs: list = field(default_factory=list)
+    outputs: list = field(default_factory=list)  # as `simplify` returns them
 
     def has(self, *names: str) -> bool:
         return any(name in self.directives for name in names)
@@ -80,189 +87,148 @@ class Chapter:
     "A notebook with its place in the book."
     file: str                # as in `_toc.yml`: nbs/04_attention
     path: Path               # of the notebook
-    part: tuple | None       # number and title of the part it opens
     word: str                # Chapter, Appendix or Preface
     number: str              # "4", "A", or "" for the preface
     cells: list[Cell]
+    part: tuple = ()         # number and title of the part that it opens
 
     @property
     def name(self) -> str:
         return re.sub(r"^(\d+|[A-Z])_", "", self.path.stem)
 
 
+# --- Reading ---------------------------------------------------------------
+
 def read_cells(path: Path) -> list[Cell]:
     "The cells of a notebook."
     cells = []
     for i, raw in enumerate(json.loads(path.read_text("utf-8"))["cells"], 1):
-        where = f"{path.name}, cell {i} ({raw['id']})"
         source, directives = "".join(raw["source"]), {}
         if raw["cell_type"] == "code":
             lines = source.splitlines()
-            start = first_code_ln(lines)
-            start = len(lines) if start is None else start
-            for line in lines[:start]:
+            for line in lines[:first_code_ln(lines)]:
                 if match := re.match(r"\s*#\|\s*([\w-]+):?\s*(.*)", line):
                     directives[match[1]] = match[2].strip()
-            source = "\n".join(x for x in lines
-                               if not re.match(r"\s*#\|", x)).strip("\n")
-        cells.append(Cell(where, raw["cell_type"], source, directives))
+            lines = [x for x in lines if not re.match(r"\s*#\|", x)]
+            source = "\n".join(lines).strip("\n")
+        cells.append(Cell(f"{path.name}, cell {i} ({raw['id']})",
+                          raw["cell_type"], source, directives))
     return cells
 
 
 def read_book(toc: Path) -> list[Chapter]:
     "The chapters in the order of the table of contents, preface first."
-    content = yaml.safe_load(toc.read_text("utf-8"))
-    entries, opened = [(content["root"], None)], 0
+    content, parts = yaml.safe_load(toc.read_text("utf-8")), 0
+    files = [(content["root"], "Preface", "", ())]
     for part in content.get("parts") or [content]:
-        files = [chapter["file"] for chapter in part["chapters"]]
-        title = part.get("caption")
-        if numbered := any(re.match(r".*/[0-9]*[1-9]_", f) for f in files):
-            opened += 1
-        number = ROMAN[opened] if numbered else ""
-        entries.append((files[0], (number, title) if title else None))
-        entries += [(file, None) for file in files[1:]]
-    letters = [m[1] for f, _ in entries
-               if (m := re.match(r"([A-Z])_", Path(f).name))]
+        opens = (part["caption"],) if "caption" in part else ()
+        for file in (chapter["file"] for chapter in part["chapters"]):
+            mark = re.match(r"0*(\d*)([A-Z]?)_?", Path(file).name)
+            if opens and mark[1]:  # a part of appendices has no number
+                parts += 1
+            if opens:
+                opens = (ROMAN[parts] if mark[1] else "", *opens)
+            files.append((file, "Chapter" if mark[1] else "Appendix",
+                          mark[1] or mark[2], opens))
+            opens = ()
+    last = max((number for _, word, number, _ in files if word == "Appendix"),
+               default="") or "@"
     book = []
-    for file, part in entries:
+    for file, word, number, opens in files:
         path = toc.parent / f"{file}.ipynb"
         if not path.exists():
             raise BookError(f"{toc.name} names {file}, which does not exist")
-        match = re.match(r"(\d+|[A-Z])_", path.name)
-        if not book:
-            word, number = "Preface", ""
-        elif match and match[1].isdigit() and int(match[1]):
-            word, number = "Chapter", str(int(match[1]))
-        else:
-            word = "Appendix"
-            number = match[1] if match and not match[1].isdigit() else ""
         if word == "Appendix" and not number:  # 00_figures: the next letter
-            number = chr(ord(max(letters, default="@")) + 1)
-            letters.append(number)
-        book.append(Chapter(file, path, part, word, number, read_cells(path)))
+            number = last = chr(ord(last) + 1)
+        book.append(Chapter(file, path, word, number, read_cells(path), opens))
     return book
 
 
-# --- Outputs -------------------------------------------------------------
-
-def clean_text(text: str) -> str:
+def clean(text: str) -> str:
     "Printed text without colours, progress bars and overwritten lines."
     lines = [line.rstrip("\r").rsplit("\r", 1)[-1].rstrip()
              for line in ESCAPES.sub("", text).split("\n")]
     return "\n".join(line for line in lines if not BAR.match(line)).strip("\n")
 
 
-def simplify(outputs: list) -> list[tuple[str, str]]:
+def simplify(outputs: list[dict]) -> list[tuple[str, str]]:
     "Outputs as (kind, content): stdout, stderr, value, svg, png, markdown."
-    result = []
+    found = []
     for out in outputs:
         if out["output_type"] == "stream":
-            kind, content = out["name"], "".join(out["text"])
-        elif out["output_type"] == "error":
-            kind, content = "error", out["evalue"]
+            kind, content = out["name"], out["text"]
+            if found and found[-1][0] == kind:
+                content = found.pop()[1] + content
         else:
-            data = {k: "".join(v) if isinstance(v, list) else v
-                    for k, v in out["data"].items()}
-            plain = data.get("text/plain", "")
-            for mime, kind in {
-                    "image/svg+xml": "svg", "image/png": "png",
-                    "text/markdown": "markdown", "text/plain": "value",
-            }.items():
-                if mime in data:
-                    content = data[mime]
-                    break
-            else:
+            data = out["data"]
+            kinds = PICTURES | {"text/markdown": "markdown",
+                                "text/plain": "value"}
+            mime = next((mime for mime in kinds if mime in data), "")
+            kind, content = kinds.get(mime, "lost"), data.get(mime, "")
+            if re.fullmatch(r"<IPython\..* object>|", content):
                 kind, content = "lost", ", ".join(data)
-            if kind == "value" and re.match(r"<IPython\..* object>$", plain):
-                kind, content = "lost", ", ".join(set(data) - {"text/plain"})
-            if any("widget" in mime for mime in data):
-                continue
-        if kind in ("stdout", "stderr") and result and result[-1][0] == kind:
-            content = result.pop()[1] + content
-        result.append((kind, content))
-    text = ("stdout", "stderr", "value")
-    result = [(k, clean_text(c) if k in text else c) for k, c in result]
-    return [(k, c) for k, c in result if c]
+        found.append((kind, content))
+    found = [(kind, clean(content) if kind in ("stdout", "stderr", "value")
+              else content) for kind, content in found]
+    return [(kind, content) for kind, content in found if content]
 
 
-def width(line: str) -> int:
-    "Columns that a line takes on a grid of fixed-width letters."
-    return sum(0 if unicodedata.combining(c) else
-               1 + (unicodedata.east_asian_width(c) in "WF") for c in line)
+# --- Checks ----------------------------------------------------------------
+
+@functools.cache
+def letters() -> set[int]:
+    "What the PDF can print: the letters of its font for code."
+    fonts = Path(get_data_path()) / "fonts" / "ttf"
+    return {9, 10, 13, *TTFont(fonts / "DejaVuSansMono.ttf").getBestCmap()}
 
 
-def check_cell(cell: Cell) -> list[str]:
-    "What is wrong with a cell, whatever the renderer."
-    found = []
+def check_text(what: str, text: str, wide: bool = False):
+    "Complaints about lines that are too wide and letters without a shape."
+    for i, line in enumerate(text.split("\n"), 1):
+        columns = sum(0 if unicodedata.combining(c) else
+                      1 + (unicodedata.east_asian_width(c) in "WF")
+                      for c in line)
+        if columns > COLUMNS and not wide:
+            yield (f"line {i} of the {what} has {columns} columns, more than "
+                   f"{COLUMNS}: {line[:40]}...")
+        if strange := sorted({c for c in line if ord(c) not in letters()}):
+            yield (f"line {i} of the {what} has letters that the fonts of the "
+                   f"PDF lack: {' '.join(strange)}")
 
-    def check_width(what: str, text: str) -> None:
-        for i, line in enumerate(text.split("\n"), 1):
-            if width(line) > COLUMNS:
-                found.append(f"line {i} of the {what} has {width(line)} "
-                             f"columns, more than {COLUMNS}: {line[:40]}...")
 
-    if cell.kind == "markdown":
-        for match in DIALECT.finditer(cell.source):
-            if match["fence"]:
-                check_width("listing", match["fenced"])
-            elif match["html"]:
-                found.append(f"raw HTML, which the PDF loses: {match[0]}")
-            elif match["link"]:
-                found.append(f"a link to {match['href'] or 'nothing'}: write "
-                             "@ch-name, @sec-name or a web address")
-            elif match["tex"] and "\n\n" in match["tex"].strip():
-                found.append("an empty line inside $$ ... $$")
-            elif match["figure"] and not match["fig"]:
-                found.append(f"the picture {match['src']} has no "
-                             "{#fig-label}")
-        return found
-    found += [f"unknown directive #| {name}"
-              for name in cell.directives if name not in DIRECTIVES]
+def check_code(cell: Cell):
+    "Complaints about a code cell and its outputs."
+    for name in cell.directives:
+        if name not in DIRECTIVES:
+            yield f"unknown directive #| {name}"
     if cell.has("hide", "default_exp"):
-        return found
-    check_width("code", cell.source)
-    kinds = [kind for kind, _ in cell.outputs]
+        return
+    yield from check_text("code", cell.source)
     for kind, content in cell.outputs:
         if kind in ("stdout", "stderr", "value"):
-            check_width("output", content)
-            if found_at := re.search(r"\b0x[0-9a-f]{8,}", content):
-                found.append(f"the address {found_at[0]} in the output "
-                             "changes with every build")
+            yield from check_text("output", content)
+            if address := re.search(r"\b0x[0-9a-f]{8,}", content):
+                yield f"{address[0]} in the output changes with every build"
         elif kind == "lost":
-            found.append(f"an output that the PDF would lose: {content}")
-        elif kind == "markdown":
-            found += [f"raw HTML in a table: {m[0]}"
-                      for m in DIALECT.finditer(content) if m["html"]]
-    label, pictures = cell.directives.get("label", ""), 0
-    pictures = kinds.count("svg") + kinds.count("png")
-    if cell.has("slow"):
-        return found
-    for prefix, cap, n in (("fig-", "fig-cap", pictures),
-                           ("tbl-", "tbl-cap", kinds.count("markdown"))):
-        if label.startswith(prefix) or cell.has(cap):
-            if not (label.startswith(prefix) and cell.directives.get(cap)):
-                found.append(f"#| label: {prefix}... and #| {cap}: ... "
-                             "go together")
-            elif n != 1:
-                found.append(f"{label} labels one output, but the cell "
-                             f"makes {n}")
-    if pictures and not label.startswith("fig-"):
-        found.append("a picture without #| label: fig-... and #| fig-cap:")
-    return found
+            yield f"an output that the PDF would lose: {content}"
+    count = Counter(kind for kind, _ in cell.outputs)
+    label = cell.directives.get("label", "")
+    for prefix, n in {"fig": count["svg"] + count["png"],
+                      "tbl": count["markdown"]}.items():
+        if label.startswith(f"{prefix}-") != bool(
+                cell.directives.get(f"{prefix}-cap")):
+            yield f"#| label: {prefix}-... and #| {prefix}-cap: go together"
+        elif label.startswith(prefix) and n != 1 and not cell.has("slow"):
+            yield f"{label} labels one output, but the cell makes {n}"
+        elif prefix == "fig" and n and not label.startswith(prefix):
+            yield "a picture without #| label: fig-... and #| fig-cap: ..."
 
 
-# --- The two spellings ---------------------------------------------------
-
-def plain(text: str) -> str:
-    "A caption as the words of an alternative text, on one line."
-    text = re.sub(r"\[(@[^]]*|\^[^]]*)\]|[`*$\\]", "", text)
-    return " ".join(text.replace('"', "'").split())
-
+# --- The two spellings -----------------------------------------------------
 
 def fence(text: str, info: str) -> str:
     "A fenced block, its fence longer than any inside."
-    longest = max(map(len, re.findall(r"`{3,}", text)), default=2)
-    ticks = "`" * (longest + 1)
+    ticks = "`" * (1 + max(map(len, re.findall("`{3,}", text)), default=2))
     return f"\n{ticks}{info}\n{text}\n{ticks}\n"
 
 
@@ -272,29 +238,28 @@ class Myst:
     def ref(self, text, label):
         return f"{{ref}}`{text} <{label}>`"
 
-    def cite(self, keys):
-        return "{cite:p}`" + ",".join(keys) + "`"
+    def cite(self, keys, way="p"):
+        return f"{{cite:{way}}}`{','.join(keys)}`"
 
     def note(self, mark, chapter):
         return f"[^{mark}]"
 
     def heading(self, level, title, label, chapter, number):
         target = f"({label})=\n" if label else ""
-        return f"{target}{level} {number}{'. ' * bool(number)}{title}"
+        return f"{target}{level} {number}{'. ' if number else ''}{title}"
 
     def figure(self, caption, alt, src, label, number):
         return fence(f":name: {label}\n:alt: {alt}\n\n"
                      f"**Figure {number}.** {caption}", f"{{figure}} {src}")
 
     def table(self, rows, caption, label, number):
-        caption = " ".join(caption.split())
         return fence(f":name: {label}\n\n{rows}",
                      f"{{table}} **Table {number}.** {caption}")
 
     def equation(self, tex, label, number):
         return f"\n\n({label})=" + fence(
-            f":nowrap:\n\n\\begin{{equation}}\n{tex.strip()}\n"
-            f"\\tag{{{number}}}\n\\end{{equation}}", "{math}") + "\n"
+            f":nowrap:\n\n\\begin{{equation}}\n{tex}\n\\tag{{{number}}}\n"
+            "\\end{equation}", "{math}") + "\n"
 
     def admonition(self, kind, title, body):
         return fence(f":class: {kind}\n\n{body}", f"{{admonition}} {title}")
@@ -306,15 +271,18 @@ class Pandoc:
     def ref(self, text, label):
         return f"[{text}](#{label})"
 
-    def cite(self, keys):
-        return "[" + "; ".join(f"@{key}" for key in keys) + "]"
+    def cite(self, keys, way="p"):
+        keys = "; ".join(f"@{key}" for key in keys)
+        return keys if way == "t" else f"[{keys}]"
 
-    def note(self, mark, chapter):
+    def note(self, mark, chapter):  # marks are shared by the whole book
         return f"[^{chapter.name}-{mark}]"
 
     def heading(self, level, title, label, chapter, number):
         label = f"#{label} " if label else ""
-        word = chapter.word if len(level) == 1 else "Section"
+        word = chapter.word if level == "#" else "Section"
+        if word == "Preface":  # the title of the site's front page
+            title = word
         return (f"\n{level} {title} "
                 f'{{{label}number="{number}" word="{word}"}}\n')
 
@@ -333,215 +301,207 @@ class Pandoc:
         return f"\n::: {{.admonition .{kind}}}\n{title}\n\n{body}\n:::\n"
 
 
-@dataclass
-class Label:
-    "What a label stands for."
-    text: str    # "Figure 4.2"
-    number: str  # "4.2"
-
-
 class Render:
-    "One pass over one chapter in one spelling."
+    "One pass over a chapter in one spelling; the first pass finds labels."
 
-    def __init__(self, chapter, writer, labels, keys, drawn: Path,
-                 collect=False):
-        self.chapter, self.writer, self.labels = chapter, writer, labels
-        self.keys, self.drawn, self.collect = keys, drawn, collect
-        self.counts = dict.fromkeys(WORDS, 0)
-        self.problems, self.cell = [], None
+    def __init__(self, chapter, writer, labels, keys, files, first=False):
+        self.chapter, self.writer, self.first = chapter, writer, first
+        self.labels, self.keys, self.files = labels, keys, files
+        self.counts, self.problems, self.where = Counter(), [], ""
 
-    def complain(self, message: str) -> None:
-        self.problems.append(f"{self.cell.where}: {message}")
+    def complain(self, *messages: str) -> None:
+        self.problems += [f"{self.where}: {message}" for message in messages]
+
+    def define(self, label: str | None, text: str) -> None:
+        if self.first and label:
+            if label in self.labels:
+                self.complain(f"the label {label} is used twice")
+            self.labels[label] = text
 
     def number(self, kind: str, label: str | None) -> str:
-        "The next number of its kind; the collecting pass remembers labels."
+        "The next number of its kind in the chapter."
         self.counts[kind] += 1
         number = f"{self.chapter.number or 0}.{self.counts[kind]}"
-        if self.collect and label:
-            if not label.startswith(f"{kind}-"):
-                self.complain(f"the label {label} must begin with {kind}-")
-            shown = f"({number})" if kind == "eq" else number
-            self.define(label, f"{WORDS[kind]}\N{NO-BREAK SPACE}{shown}",
-                        number)
+        if label and not label.startswith(f"{kind}-"):
+            self.complain(f"the label {label} must begin with {kind}-")
+        shown = f"({number})" if kind == "eq" else number
+        self.define(label, f"{WORDS[kind]}{NBSP}{shown}")
         return number
 
-    def define(self, label: str, text: str, number: str) -> None:
-        if label in self.labels:
-            self.complain(f"the label {label} is used twice")
-        self.labels[label] = Label(text, number)
-
-    def heading(self, level: str, title: str, label: str | None) -> str:
-        chapter, number = self.chapter, ""
-        title = self.markdown(title)
-        if len(level) == 1:
-            label, number = f"ch-{chapter.name}", chapter.number
-            if self.collect:
-                space = "\N{NO-BREAK SPACE}" if number else ""
-                self.define(label, f"{chapter.word}{space}{number}", number)
-            if not number and isinstance(self.writer, Pandoc):
-                title = chapter.word  # the site's front page is the preface
-        elif len(level) == 2 and chapter.number:
-            number = self.number("sec", label)
-        elif self.collect and label:  # unnumbered: the title is the name
-            self.define(label, f"“{plain(title)}”", "")
-        return self.writer.heading(level, title, label, chapter, number)
-
-    def ref(self, label: str) -> str:
-        if label in self.labels:
-            return self.writer.ref(self.labels[label].text, label)
-        if not self.collect:
-            self.complain(f"unknown reference @{label}")
-        return ""
-
-    def cite(self, keys: list[str]) -> str:
-        if self.collect:
-            for key in set(keys) - self.keys:
-                self.complain(f"@{key} is not in references.bib")
-        return self.writer.cite(keys)
-
-    def figure(self, caption: str, src: str, label: str) -> str:
-        if self.collect and not (self.drawn.parent / src).exists():
-            self.complain(f"the picture {src} does not exist")
-        number, alt = self.number("fig", label), plain(self.words(caption))
-        return self.writer.figure(self.markdown(caption.strip()), alt, src,
-                                  label, number)
-
-    def words(self, caption: str) -> str:
-        "A caption with the texts of its references."
-        return re.sub(r"@([\w-]*\w)", lambda m: self.labels[m[1]].text
-                      if m[1] in self.labels else m[0], caption)
+    def plain(self, text: str) -> str:
+        "The words of a caption on one line."
+        text = re.sub(r"\s*\[(@[^]]*|\^[^]]*)\]|[`*$\\]", "", text)
+        text = re.sub(r"@(\w[\w-]*\w)",
+                      lambda m: self.labels.get(m[1], m[0]), text)
+        return " ".join(text.replace('"', "'").split())
 
     def markdown(self, text: str) -> str:
         "Translate the dialect."
-        return DIALECT.sub(self.translate, text)
+        return DIALECT.sub(lambda m: getattr(
+            self, next(k for k in DIALECT.groupindex if m[k] is not None),
+            lambda m: m[0])(m), text)
 
-    def translate(self, m: re.Match) -> str:
-        kind, w = m.lastgroup and next(
-            k for k in ("fence", "admonition", "heading", "table", "figure",
-                        "display", "code", "escape", "math", "cite", "note",
-                        "ref", "link", "html") if m[k]), self.writer
-        if kind == "admonition":
-            name = m["kind"].lower()
-            if name not in ("note", "tip", "warning"):
-                self.complain(f"unknown admonition {m['kind']}")
-            body = re.sub(r"^> ?", "", m["body"], flags=re.M)
-            title = self.markdown(m["head"].strip()) or name.capitalize()
-            return w.admonition(name, title, self.markdown(body).strip("\n"))
-        if kind == "heading":
-            return self.heading(m["level"], m["title"], m["sec"])
-        if kind == "table":
-            number = self.number("tbl", m["tbl"])
-            return w.table(self.markdown(m["rows"]).strip("\n"),
-                           self.markdown(m["tcap"]), m["tbl"], number)
-        if kind == "figure" and m["fig"]:
-            return self.figure(m["fcap"], m["src"], m["fig"])
-        if kind == "display" and m["eq"]:
-            return w.equation(m["tex"], m["eq"], self.number("eq", m["eq"]))
-        if kind == "cite":
-            return self.cite(re.findall(r"@([\w:.-]+)", m["keys"]))
-        if kind == "note":
-            return w.note(m["mark"], self.chapter)
-        return self.ref(m["to"]) if kind == "ref" else m[0]
+    # What the dialect's constructs become, by the names of their groups.
 
-    def made(self, kind: str, content: str) -> str:
+    def fence(self, m):
+        if not re.fullmatch(r"[ ]*[\w+-]*[ ]*", m["info"]):
+            self.complain(f"unknown kind of block: {m['info']}")
+        self.complain(*check_text("listing", m["listing"]))
+        return m[0]
+
+    def admonition(self, m):
+        kind = m["kind"].lower()
+        if kind not in ("note", "tip", "warning"):
+            self.complain(f"unknown admonition {m['kind']}")
+        body = re.sub(r"^> ?", "", m["body"], flags=re.M).strip("\n")
+        title = self.markdown(m["head"].strip()) or kind.capitalize()
+        return self.writer.admonition(kind, title, self.markdown(body))
+
+    def heading(self, m):
+        chapter, label, number = self.chapter, m["sec"], ""
+        if m["level"] == "#":
+            label, number = f"ch-{chapter.name}", chapter.number
+            self.define(label, f"{chapter.word}{NBSP}{number}".strip(NBSP))
+        elif m["level"] == "##" and chapter.number:
+            number = self.number("sec", label)
+        else:
+            self.define(label, f"“{self.plain(m['title'])}”")
+        return self.writer.heading(m["level"], self.markdown(m["title"]),
+                                   label, chapter, number)
+
+    def table(self, m):
+        return self.tabulate(m["rows"], m["tcap"], m["tbl"])
+
+    def tabulate(self, rows, caption, label):
+        rows = "\n".join(self.markdown(f".{row}")[1:]  # now not a table
+                         for row in rows.splitlines())
+        if not label:
+            return f"\n{rows}\n"
+        caption = self.markdown(" ".join(caption.split()))
+        return self.writer.table(rows, caption, label,
+                                 self.number("tbl", label))
+
+    def figure(self, m):
+        if not m["fig"]:
+            self.complain(f"the picture {m['src']} has no {{#fig-label}}")
+        elif f"nbs/{m['src']}" not in self.files:
+            self.complain(f"the picture {m['src']} does not exist")
+        return self.illustrate(m["fcap"], m["src"], m["fig"] or "fig-")
+
+    def illustrate(self, caption, src, label):
+        return self.writer.figure(
+            self.markdown(caption.strip()), self.plain(caption), src, label,
+            self.number("fig", label))
+
+    def display(self, m):
+        if "\n\n" in m["tex"].strip():
+            self.complain("an empty line inside $$ ... $$")
+        if not m["eq"]:
+            return m[0]
+        return self.writer.equation(m["tex"].strip(), m["eq"],
+                                    self.number("eq", m["eq"]))
+
+    def cite(self, m):
+        keys = re.findall(r"@([\w:.-]+)", m["keys"])
+        for key in keys:
+            if key not in self.keys:
+                self.complain(f"@{key} is not in references.bib")
+        return self.writer.cite(keys)
+
+    def note(self, m):
+        return self.writer.note(m["mark"], self.chapter)
+
+    def ref(self, m):
+        if m["to"] in self.keys:
+            return self.writer.cite([m["to"]], "t")
+        if m["to"] not in self.labels and not self.first:
+            self.complain(f"unknown reference @{m['to']}")
+        return self.writer.ref(self.labels.get(m["to"], ""), m["to"])
+
+    def link(self, m):
+        self.complain(f"a link to {m['href'] or 'nothing'}: write @ch-name, "
+                      "@sec-name or a web address")
+        return m[0]
+
+    def html(self, m):
+        self.complain(f"raw HTML, which the PDF would lose: {m[0]}")
+        return m[0]
+
+    # Cells
+
+    def made(self, cell: Cell, kind: str, content: str) -> str:
         "The Markdown for a picture or a table that a cell made."
-        given = self.cell.directives
-        label = given.get("label", "")
-        if kind in ("svg", "png"):
-            name = f"{self.chapter.path.stem}-{label}.{kind}"
-            if self.collect:
-                save_picture(self.drawn / name, content)
-            return self.figure(given.get("fig-cap", ""), f"drawn/{name}",
-                               label)
-        if not label.startswith("tbl-"):
-            return f"\n{content}\n"
-        number = self.number("tbl", label)
-        return self.writer.table(content, self.markdown(given["tbl-cap"]),
-                                 label, number)
+        label = cell.directives.get("label", "")
+        if kind == "markdown":
+            return self.tabulate(content, cell.directives.get("tbl-cap"),
+                                 label if label.startswith("tbl-") else "")
+        src = f"drawn/{self.chapter.path.stem}-{label}.{kind}"
+        content = re.sub(r"<dc:date>.*?</dc:date>", "", content)
+        self.files[f"nbs/{src}"] = (content.encode() if kind == "svg"
+                                    else base64.b64decode(content))
+        return self.illustrate(cell.directives.get("fig-cap", ""), src, label)
 
-    def cells(self):
-        "Pairs of a shown cell and the blocks that it becomes."
+    def blocks(self):
+        "For each shown cell, what it becomes: pairs (kind, content)."
         for cell in self.chapter.cells:
-            self.cell = cell
+            self.where = cell.where
             if cell.kind == "markdown":
-                yield self.cell, [("text", self.markdown(self.cell.source))]
-            elif not self.cell.has("hide", "default_exp"):
-                blocks = []
-                if self.cell.directives.get("echo") != "false":
-                    blocks.append(("code", self.cell.source))
-                for kind, content in self.cell.outputs:
-                    if kind in ("svg", "png", "markdown"):
-                        blocks.append(("text", self.made(kind, content)))
-                    else:
-                        blocks.append((kind, content))
-                if self.cell.has("slow"):
-                    blocks.append(("text", SLOW))
-                yield self.cell, blocks
+                self.complain(*check_text("text", cell.source, wide=True))
+                yield [("text", self.markdown(cell.source))]
+                continue
+            self.complain(*check_code(cell))
+            if cell.has("hide", "default_exp"):
+                continue
+            shown = cell.directives.get("echo") != "false"
+            blocks = [("code", cell.source)] * shown
+            for kind, content in cell.outputs:
+                if kind in ("svg", "png", "markdown"):
+                    content, kind = self.made(cell, kind, content), "text"
+                blocks.append((kind, content))
+            yield blocks + [("text", SLOW)] * cell.has("slow")
 
 
-def save_picture(path: Path, content: str) -> None:
-    "Write what a cell drew, without the date that some backends add."
-    if path.suffix == ".png":
-        import base64
-        write(path, base64.b64decode(content))
-    else:
-        write(path, re.sub(r"<dc:date>.*?</dc:date>", "", content))
+# --- The products of staging -----------------------------------------------
 
-
-def write(path: Path, content: str | bytes) -> None:
-    "Write only what changed, so that renderers redo only what changed."
-    data = content if isinstance(content, bytes) else content.encode()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not path.exists() or path.read_bytes() != data:
-        path.write_bytes(data)
-
-
-# --- The two products of staging -----------------------------------------
-
-def site_notebook(render: Render) -> str:
+def site_page(render: Render) -> str:
     "A notebook for Jupyter Book."
     cells = []
 
-    def add(kind, source, **more):
+    def add(kind, source, tags=(), **more):
         cells.append({"cell_type": kind, "id": f"c{len(cells)}",
-                      "metadata": {}, "source": source.strip("\n"), **more})
+                      "metadata": {"tags": list(tags)} if tags else {},
+                      "source": source.strip("\n"), **more})
 
-    for _, blocks in render.cells():
+    for blocks in render.blocks():
         code = None
         for kind, content in blocks:
             if kind == "text":
                 add("markdown", content)
-                code = None
-                continue
-            if kind == "code" or code is None:
-                add("code", content if kind == "code" else "",
-                    execution_count=1, outputs=[])
-                code = cells[-1]
-                if kind == "code":
-                    continue
-                code["metadata"] = {"tags": ["remove-input"]}
+            elif kind == "code":
+                add("code", content, execution_count=1, outputs=[])
+            elif code is None:
+                add("code", "", ["remove-input"], execution_count=1,
+                    outputs=[])
+            code = cells[-1] if kind != "text" else None
             if kind == "value":
                 code["outputs"].append({
                     "output_type": "execute_result", "execution_count": 1,
                     "data": {"text/plain": content}, "metadata": {}})
-            else:
-                code["outputs"].append({
-                    "output_type": "stream", "name": kind,
-                    "text": content + "\n"})
-    return json.dumps({"cells": cells, "nbformat": 4, "nbformat_minor": 5,
-                       "metadata": {"kernelspec": {
-                           "name": "python3", "display_name": "Python 3",
-                           "language": "python"}}}, indent=1) + "\n"
+            elif kind in ("stdout", "stderr"):
+                code["outputs"].append({"output_type": "stream", "name": kind,
+                                        "text": content + "\n"})
+    kernel = {"name": "python3", "display_name": "Python 3"}
+    return json.dumps({"cells": cells, "metadata": {"kernelspec": kernel},
+                       "nbformat": 4, "nbformat_minor": 5}, indent=1) + "\n"
 
 
-def print_chapter(render: Render) -> str:
+def print_page(render: Render) -> str:
     "A chapter for pandoc."
-    page = []
+    page, infos = [], {"code": "python", "stderr": " {.stderr}"}
     if render.chapter.part:
         number, title = render.chapter.part
         page.append(f'\n# {title} {{word="Part" number="{number}"}}\n')
-    infos = {"code": "python", "stderr": " {.stderr}"}
-    for _, blocks in render.cells():
+    for blocks in render.blocks():
         for kind, content in blocks:
             page.append(f"\n{content}\n" if kind == "text" else
                         fence(content, infos.get(kind, " {.output}")))
@@ -550,48 +510,44 @@ def print_chapter(render: Render) -> str:
 
 def stage(book: list[Chapter], toc: Path, bib: Path, out: Path) -> None:
     "Check the executed book and write it for both renderers."
-    site, drawn = out / "stage", out / "stage" / "nbs" / "drawn"
+    labels, problems = {}, []
     keys = set(re.findall(r"^@\w+\{([^,\s]+)", bib.read_text("utf-8"), re.M))
-    for folder in {chapter.path.parent for chapter in book}:
-        for file in sorted((folder / "figures").glob("*")):
-            write(site / "nbs" / "figures" / file.name, file.read_bytes())
-    problems, labels = [], {}
-    for chapter in book:
-        for cell in chapter.cells:
-            problems += [f"{cell.where}: {p}" for p in check_cell(cell)]
+    folders = {chapter.path.parent / "figures" for chapter in book}
+    files = {f"nbs/figures/{file.name}": file.read_bytes()
+             for folder in folders for file in folder.glob("*.*")}
+
+    def pages(writer, make, first=False):
+        renders = [Render(chapter, writer, labels, keys, files, first)
+                   for chapter in book]
+        made = [make(render) for render in renders]
+        problems.extend(p for render in renders for p in render.problems)
+        return made
+
+    pages(Pandoc(), print_page, first=True)
+    printed = pages(Pandoc(), print_page)
+    printed.append('\n# Bibliography {word="Bibliography" number=""}\n')
+    site = pages(Myst(), site_page)
     if problems:
         raise BookError("\n".join(dict.fromkeys(problems)))
-
-    def render(writer, collect=False):
-        for chapter in book:
-            yield Render(chapter, writer, labels, keys, drawn, collect)
-
-    for one in render(Pandoc(), collect=True):
-        list(one.cells())
-        problems += one.problems
-    pages = []
-    for one in render(Pandoc()):
-        pages.append(print_chapter(one))
-        problems += one.problems
-    if problems:
-        raise BookError("\n".join(dict.fromkeys(problems)))
-    pages.append('\n# Bibliography {word="Bibliography" number=""}\n')
-    write(out / "print" / "book.md", "\n".join(pages))
-    for one in render(Myst()):
-        write(site / f"{one.chapter.file}.ipynb", site_notebook(one))
-    write(site / "references.bib", bib.read_bytes())
-    write(site / "references.md",
-          "# Bibliography\n\n```{bibliography}\n```\n")
+    files |= {f"{chapter.file}.ipynb": page.encode()
+              for chapter, page in zip(book, site)}
+    files["references.bib"] = bib.read_bytes()
+    files["references.md"] = b"# Bibliography\n\n```{bibliography}\n```\n"
     content = yaml.safe_load(toc.read_text("utf-8"))
     last = content["parts"][-1] if content.get("parts") else content
     last["chapters"].append({"file": "references"})
-    write(site / "_toc.yml", yaml.safe_dump(content, sort_keys=False))
-    remove_strangers(site / "nbs", {c.path.name for c in book})
+    files["_toc.yml"] = yaml.safe_dump(content, sort_keys=False).encode()
+    fill(out / "stage", files)
+    fill(out / "print", {"book.md": "\n".join(printed).encode()})
 
 
-def remove_strangers(folder: Path, names: set[str]) -> None:
-    "Delete staged notebooks that are no longer in the book."
-    for file in folder.glob("*.ipynb"):
-        if file.name not in names:
-            file.unlink()
-    shutil.rmtree(folder / ".ipynb_checkpoints", ignore_errors=True)
+def fill(folder: Path, files: dict[str, bytes]) -> None:
+    "Make a folder hold these files; what has not changed is not touched."
+    for old in folder.rglob("*"):
+        if old.is_file() and old.relative_to(folder).as_posix() not in files:
+            old.unlink()
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.exists() or path.read_bytes() != content:
+            path.write_bytes(content)
