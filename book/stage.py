@@ -226,10 +226,16 @@ def check_code(cell: Cell):
 
 # --- The two spellings -----------------------------------------------------
 
-def fence(text: str, info: str) -> str:
+def fence(text: str, info: str, tick: str = "`") -> str:
     "A fenced block, its fence longer than any inside."
-    ticks = "`" * (1 + max(map(len, re.findall("`{3,}", text)), default=2))
+    inside = re.findall(f"{tick}{{3,}}", text)
+    ticks = tick * (1 + max(map(len, inside), default=2))
     return f"\n{ticks}{info}\n{text}\n{ticks}\n"
+
+
+def directive(text: str, info: str) -> str:
+    "A directive of MyST; between tildes, its title may hold backticks."
+    return fence(text, info, "~")
 
 
 class Myst:
@@ -249,20 +255,24 @@ class Myst:
         return f"{target}{level} {number}{'. ' if number else ''}{title}"
 
     def figure(self, caption, alt, src, label, number):
-        return fence(f":name: {label}\n:alt: {alt}\n\n"
+        return directive(f":name: {label}\n:alt: {alt}\n\n"
                      f"**Figure {number}.** {caption}", f"{{figure}} {src}")
 
     def table(self, rows, caption, label, number):
-        return fence(f":name: {label}\n\n{rows}",
+        return directive(f":name: {label}\n\n{rows}",
                      f"{{table}} **Table {number}.** {caption}")
 
+    def display(self, tex):
+        return f"\n\n$$\n{tex}\n$$\n\n"
+
     def equation(self, tex, label, number):
-        return f"\n\n({label})=" + fence(
+        return f"\n\n({label})=" + directive(
             f":nowrap:\n\n\\begin{{equation}}\n{tex}\n\\tag{{{number}}}\n"
             "\\end{equation}", "{math}") + "\n"
 
     def admonition(self, kind, title, body):
-        return fence(f":class: {kind}\n\n{body}", f"{{admonition}} {title}")
+        return directive(f":class: {kind}\n\n{body}",
+                         f"{{admonition}} {title}")
 
 
 class Pandoc:
@@ -293,6 +303,9 @@ class Pandoc:
     def table(self, rows, caption, label, number):
         return (f"\n{rows}\n\n: [Table {number}.]{{.number}} {caption} "
                 f"{{#{label}}}\n")
+
+    def display(self, tex):
+        return f"$${tex}$$"
 
     def equation(self, tex, label, number):
         return f'\n\n[$${tex}$$]{{#{label} .equation number="{number}"}}\n\n'
@@ -396,10 +409,10 @@ class Render:
     def display(self, m):
         if "\n\n" in m["tex"].strip():
             self.complain("an empty line inside $$ ... $$")
-        if not m["eq"]:
-            return m[0]
-        return self.writer.equation(m["tex"].strip(), m["eq"],
-                                    self.number("eq", m["eq"]))
+        tex, label = m["tex"].strip(), m["eq"]
+        if not label:
+            return self.writer.display(tex)
+        return self.writer.equation(tex, label, self.number("eq", label))
 
     def cite(self, m):
         keys = re.findall(r"@([\w:.-]+)", m["keys"])
@@ -490,9 +503,10 @@ def site_page(render: Render) -> str:
             elif kind in ("stdout", "stderr"):
                 code["outputs"].append({"output_type": "stream", "name": kind,
                                         "text": content + "\n"})
-    kernel = {"name": "python3", "display_name": "Python 3"}
-    return json.dumps({"cells": cells, "metadata": {"kernelspec": kernel},
-                       "nbformat": 4, "nbformat_minor": 5}, indent=1) + "\n"
+    meta = {"kernelspec": {"name": "python3", "display_name": "Python 3"},
+            "language_info": {"name": "python", "pygments_lexer": "ipython3"}}
+    return json.dumps({"cells": cells, "metadata": meta, "nbformat": 4,
+                       "nbformat_minor": 5}, indent=1) + "\n"
 
 
 def print_page(render: Render) -> str:
