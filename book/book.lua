@@ -53,15 +53,17 @@ end
 -- Citations are text by now.
 local function Cite(cite) return cite.content end
 
--- Then: blocks.
+-- Then: blocks. Levels: 1 part, preface, bibliography; 2 chapter; 3 section.
+local shift = 1  -- 0 in the preface
+
 local function Header(header)
   local number, word = header.attributes.number, header.attributes.word
   header.attributes.number, header.attributes.word = nil, nil
   if typst then
-    local level = header.level + 1
-    if word == "Part" or (header.level == 1 and number == "") then
-      level = 1
+    if header.level == 1 then
+      shift = (word == "Part" or number == "") and 0 or 1
     end
+    local level = header.level + shift
     local label = ""
     if header.identifier:match("^%a+%-") and word then
       label = " <" .. header.identifier .. ">"
@@ -71,7 +73,9 @@ local function Header(header)
       numbering = "(..n) => " .. quoted(number)
     end
     return raw("#heading(level: " .. level .. ", numbering: " .. numbering
-      .. ", supplement: [" .. (word or "") .. "])" .. inline(header.content)
+      .. ", supplement: [" .. (word or "") .. "], outlined: "
+      .. tostring(header.level < 4 and level ~= header.level
+        or header.level == 1) .. ")" .. inline(header.content)
       .. label .. "\n")
   end
   if number and number ~= "" then

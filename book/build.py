@@ -136,7 +136,9 @@ def inputs(product: str, out: Path) -> list[Path]:
                 ROOT / "setup.py", ROOT / "pyproject.toml",
                 ROOT / "README.md"]
     common = [out / "stage", ROOT / "settings.ini", ROOT / "constraints.txt"]
-    return [*common, HERE] + [out / "print" / "book.md"] * (product != "html")
+    if product == "html":  # which offers the other two
+        return [*common, HERE, *sorted(out.glob(f"{NAME}.*"))]
+    return [*common, HERE, out / "print" / "book.md"]
 
 
 def make(product: str, out: Path) -> str:

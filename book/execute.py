@@ -80,7 +80,8 @@ def environment(root: Path) -> dict[str, str]:
     path = [str(root), env.get("PYTHONPATH", "")]
     programs = [str(Path(sys.executable).parent), env.get("PATH", "")]
     return env | {
-        "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1",
+        "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1",
+        "OMP_WAIT_POLICY": "PASSIVE", "TQDM_DISABLE": "1",
         "PYTHONWARNINGS": "ignore:IProgress not found",  # tqdm wants widgets
         "COLUMNS": "79", "TERM": "dumb", "NO_COLOR": "1", "PYTHONUTF8": "1",
         "IPYTHONDIR": tempfile.gettempdir(),  # not the reader's own
