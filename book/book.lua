@@ -88,6 +88,7 @@ local function CodeBlock(block)
   if not typst then return end
   local call, lang = "code", block.classes[1] or "text"
   if lang == "output" or lang == "stderr" then call, lang = lang, "text" end
+  if block.classes:includes("answered") then call = "question" end
   return raw("#" .. call .. "(raw(block: true, lang: " .. quoted(lang) .. ", "
     .. quoted(block.text) .. "))")
 end
@@ -99,14 +100,15 @@ local function Figure(figure)
   if not image then return end
   return raw("#picture(" .. quoted("/stage/nbs/" .. image.src) .. ", "
     .. quoted(pandoc.utils.stringify(image.caption)) .. ", "
-    .. inline(figure.caption.long[1].content) .. ", "
-    .. quoted(figure.identifier) .. ")")
+    .. inline(figure.caption.long[1].content) .. ") <" .. figure.identifier
+    .. ">")
 end
 
 local function Table(table)
   if not typst then return end
-  return raw((content({table}):sub(2, -2):gsub("align%(center%)",
-    "align(left)", 1)))
+  local whole = #table.bodies[1].body <= 7
+  return raw("#tabular(whole: " .. tostring(whole) .. ")"
+    .. content({table}):gsub("align%(center%)", "align(left)", 1))
 end
 
 local function Div(div)
@@ -123,12 +125,16 @@ local function Div(div)
   end
 end
 
--- The quotation right after a chapter's title is its promise.
 local function Blocks(blocks)
   for i = 2, #blocks do
-    if typst and blocks[i].t == "BlockQuote" and blocks[i - 1].t == "Header"
-        and blocks[i - 1].level == 1 then
-      blocks[i] = raw("#promise" .. content(blocks[i].content))
+    local before, block = blocks[i - 1], blocks[i]
+    if block.t == "BlockQuote" and before.t == "Header" and before.level == 1
+        and typst then  -- what a chapter promises
+      blocks[i] = raw("#promise" .. content(block.content))
+    elseif before.t == "CodeBlock" and before.classes[1] == "python"
+        and (block.t == "Table" or block.t == "CodeBlock"
+             and block.classes[1] ~= "python") then
+      before.classes:insert("answered")  -- stays with what it printed
     end
   end
   return blocks
