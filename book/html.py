@@ -26,16 +26,16 @@ HOME = """<!DOCTYPE html>
 
 def sources(staged: Path) -> list[Path]:
     "The pages, before they are rendered."
-    return sorted(p for p in staged.rglob("*") if p.suffix in (".ipynb", ".md"))
+    return sorted([*staged.rglob("*.ipynb"), *staged.rglob("*.md")])
 
 
 def shared(staged: Path, toc: Path) -> str:
     "A digest of what many pages show: if it changes, all are written again."
     total = hashlib.sha256(toc.read_bytes())
+    names = re.compile(r"\n:name: [\w-]+|\([\w-]+\)=|\n#+ .*")
     for path in sources(staged):  # titles in the sidebar, targets of links
-        total.update(path.name.encode())
-        names = r'\\n:name: [\w-]+|\([\w-]+\)=|"#+ [^"\\]*'
-        total.update("".join(re.findall(names, path.read_text("utf-8"))).encode())
+        text = path.read_text("utf-8").replace("\\n", "\n")
+        total.update("\n".join([path.name, *names.findall(text)]).encode())
     for path in sorted((HERE / "_static").rglob("*.*")):
         total.update(path.read_bytes())
     return total.hexdigest()[:16]
@@ -78,10 +78,12 @@ def overrides(staged: Path, toc: Path, downloads: list[Path]) -> dict:
 def build_html(staged: Path, toc: Path, out: Path) -> None:
     "Render the staged pages into `out`; only what changed is written."
     from jupyter_book.sphinx import build_sphinx
+    from sphinx.util.console import nocolor
 
     doctrees, said = out.parent / "cache" / "doctrees", io.StringIO()
     downloads = sorted(path for kind in ("*.pdf", "*.epub")
                        for path in out.parent.glob(kind))
+    nocolor()
     with contextlib.redirect_stderr(said):
         failed = build_sphinx(
             staged, out, path_config=HERE / "_config.yml", noconfig=True,
