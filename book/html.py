@@ -32,8 +32,8 @@ def sources(staged: Path) -> list[Path]:
 def shared(staged: Path, toc: Path) -> str:
     "A digest of what many pages show: if it changes, all are written again."
     total = hashlib.sha256(toc.read_bytes())
-    names = re.compile(r"\n:name: [\w-]+|\([\w-]+\)=|\n#+ .*")
-    for path in sources(staged):  # titles in the sidebar, targets of links
+    names = re.compile(r"\n:name: [\w-]+|\([\w-]+\)=|\n#+ .*|{cite:.}`[^`]+")
+    for path in sources(staged):  # for sidebar, links and bibliography
         text = path.read_text("utf-8").replace("\\n", "\n")
         total.update("\n".join([path.name, *names.findall(text)]).encode())
     for path in sorted((HERE / "_static").rglob("*.*")):
@@ -99,11 +99,11 @@ def build_html(staged: Path, toc: Path, out: Path) -> None:
             out / "_static" / "mathjax" / name)
     for path in downloads:
         put(path, out / "downloads" / path.name)
-    pages = {path.relative_to(staged).with_suffix(".html")
-             for path in sources(staged)}
-    for path in out.rglob("*.html"):  # of chapters that are gone
-        if path.relative_to(out) not in pages | {Path("search.html")}:
-            path.unlink()
+    for old in [*out.glob("*.html"), *out.glob("nbs/*.html")]:
+        page = staged / old.relative_to(out)
+        if old.stem != "search" and not any(
+                page.with_suffix(kind).exists() for kind in (".ipynb", ".md")):
+            old.unlink()  # of a chapter that is gone
     home = re.search(r"^root: *(\S+)", toc.read_text("utf-8"), re.M)[1]
     title = overrides(staged, toc, [])["project"]
     (out / "index.html").write_text(
