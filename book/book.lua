@@ -100,8 +100,8 @@ local function Figure(figure)
   if not image then return end
   return raw("#picture(" .. quoted("/stage/nbs/" .. image.src) .. ", "
     .. quoted(pandoc.utils.stringify(image.caption)) .. ", "
-    .. inline(figure.caption.long[1].content) .. ") <" .. figure.identifier
-    .. ">")
+    .. inline(figure.caption.long[1].content) .. ", "
+    .. quoted(figure.identifier) .. ")")
 end
 
 local function Table(table)
