@@ -159,11 +159,16 @@ def test_pdf_is_a_book(pdf):
                          "2 Second things", ["2.1 Another", [
                              "A heading without a number"], "2.2 Recap"]],
         "Appendices", ["A Symbols", ["A.1 Letters"]], "Bibliography"]
-    contents = flat(pdf.pages[2].extract_text())
+    texts = [flat(page.extract_text()) for page in pdf.pages]
+    for i, text in enumerate(texts):  # titles on right pages, empty ones left
+        if re.match(r"CHAPTER|APPENDIX|PART|Preface E|Bibliography", text):
+            assert i % 2 == 0 and text.endswith(str(i + 1))
+        assert text or i % 2
+    contents = texts[2]
     assert re.search(r"1\.1 Numbers[ .]+\d", contents)
     fonts = {}
     for page in pdf.pages:
-        for font in page["/Resources"]["/Font"].values():
+        for font in page["/Resources"].get("/Font", {}).values():
             font = font["/DescendantFonts"][0].get_object()
             fonts[font["/BaseFont"]] = font["/FontDescriptor"]
     assert all({"/FontFile2", "/FontFile3"} & set(d) for d in fonts.values())
@@ -204,7 +209,7 @@ def test_pdf_lines_stay_on_the_page(pdf):
                 starts.append(tm[4] * cm[0] + cm[4])
 
         text = page.extract_text(visitor_text=visit)
-        assert min(starts) >= 0.9 * 72 and max(starts) < 7.1 * 72
+        assert all(0.9 * 72 <= x < 7.1 * 72 for x in starts)
         wide += "done " + "x" * 74 in text
     assert wide == 1  # the line of 79 columns is one line
 
