@@ -32,6 +32,14 @@ INK = (0x22, 0x22, 0x22)  # of the figures
 PROBE = Path(__file__).with_name("probe.js").read_text("utf-8")
 
 
+def render(out):
+    "Make the site of a staged book."
+    from book.html import build_html
+
+    build_html(out / "stage", out / "stage" / "_toc.yml", out / "html")
+    return out / "html"
+
+
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
     "The tiny book as a site, or the site that BOOK_SITE names."
@@ -39,15 +47,23 @@ def folder(tmp_path_factory):
         return Path(os.environ["BOOK_SITE"]).resolve()
     sys.path.insert(0, str(ROOT))
     from book.execute import execute
-    from book.html import build_html
     from book.stage import read_book, stage
 
     out = tmp_path_factory.mktemp("site")
     book = read_book(TOC)
     execute(book, out / "cache")
     stage(book, TOC, ROOT / "book" / "references.bib", out)
-    build_html(out / "stage", out / "stage" / "_toc.yml", out / "html")
-    return out / "html"
+    return render(out)
+
+
+@pytest.fixture
+def copy(folder, tmp_path):
+    "The tiny book, staged and ready to be changed."
+    if "BOOK_SITE" in os.environ:
+        pytest.skip("only the tiny book may be changed")
+    for part in ("stage", "html", "cache"):
+        shutil.copytree(folder.parent / part, tmp_path / part)
+    return tmp_path
 
 
 @pytest.fixture(scope="session")
@@ -220,6 +236,37 @@ def test_offered_downloads_exist(trees, folder):
         offered = {link["href"].rpartition("/")[2]
                    for link in tree.select(".downloads a")}
         assert offered == there or not tree.article, name
+
+
+def change(out, name, old, new):
+    path = out / "stage" / name
+    text = path.read_text("utf-8")
+    assert old in text
+    path.write_text(text.replace(old, new), "utf-8")
+
+
+def test_a_change_reaches_every_page_that_shows_it(copy):
+    first, last = "nbs/01_first.html", "references.html"
+    render(copy)  # moved: all is written again
+    kept = (copy / "html" / first).stat().st_mtime_ns
+    change(copy, "nbs/A_symbols.ipynb", "An appendix.", "Another.")
+    html = render(copy)
+    assert (html / first).stat().st_mtime_ns == kept
+    assert "Another." in (html / "nbs" / "A_symbols.html").read_text("utf-8")
+    change(copy, "nbs/A_symbols.ipynb", "Another.", "{cite:p}`brown2020`.")
+    change(copy, "nbs/A_symbols.ipynb", "# A. Symbols", "# A. Signs")
+    render(copy)
+    assert "A. Signs" in (html / first).read_text("utf-8")
+    assert "few-shot" in (html / last).read_text("utf-8")
+
+
+def test_a_warning_is_an_error_every_time(copy):
+    from book.stage import BookError
+
+    change(copy, "nbs/A_symbols.ipynb", "An appendix.", "{ref}`x <gone>`.")
+    for _ in range(2):
+        with pytest.raises(BookError, match="A_symbols.*undefined label"):
+            render(copy)
 
 
 # --- With a browser ---------------------------------------------------------
