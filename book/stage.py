@@ -24,6 +24,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import nbformat
+import nbformat.v4 as nb
 import yaml
 from fontTools.ttLib import TTFont
 from matplotlib import get_data_path
@@ -86,11 +88,16 @@ class Cell:
 class Chapter:
     "A notebook with its place in the book."
     file: str                # as in `_toc.yml`: nbs/04_attention
-    path: Path               # of the notebook
+    root: Path               # the folder of `_toc.yml`
     word: str                # Chapter, Appendix or Preface
     number: str              # "4", "A", or "" for the preface
-    cells: list[Cell]
     part: tuple = ()         # number and title of the part that it opens
+
+    def __post_init__(self):
+        self.path = self.root / f"{self.file}.ipynb"
+        if not self.path.exists():
+            raise BookError(f"_toc.yml names {self.file}: it does not exist")
+        self.cells = read_cells(self.path)
 
     @property
     def name(self) -> str:
@@ -118,29 +125,25 @@ def read_cells(path: Path) -> list[Cell]:
 
 def read_book(toc: Path) -> list[Chapter]:
     "The chapters in the order of the table of contents, preface first."
-    content, parts = yaml.safe_load(toc.read_text("utf-8")), 0
-    files = [(content["root"], "Preface", "", ())]
-    for part in content.get("parts") or [content]:
-        opens = (part["caption"],) if "caption" in part else ()
-        for file in (chapter["file"] for chapter in part["chapters"]):
-            mark = re.match(r"0*(\d*)([A-Z]?)_?", Path(file).name)
-            if opens and mark[1]:  # a part of appendices has no number
-                parts += 1
-            if opens:
-                opens = (ROMAN[parts] if mark[1] else "", *opens)
-            files.append((file, "Chapter" if mark[1] else "Appendix",
-                          mark[1] or mark[2], opens))
-            opens = ()
-    last = max((number for _, word, number, _ in files if word == "Appendix"),
-               default="") or "@"
-    book = []
-    for file, word, number, opens in files:
-        path = toc.parent / f"{file}.ipynb"
-        if not path.exists():
-            raise BookError(f"{toc.name} names {file}, which does not exist")
-        if word == "Appendix" and not number:  # 00_figures: the next letter
-            number = last = chr(ord(last) + 1)
-        book.append(Chapter(file, path, word, number, read_cells(path), opens))
+    content, part, last = yaml.safe_load(toc.read_text("utf-8")), 0, "@"
+    book = [Chapter(content["root"], toc.parent, "Preface", "")]
+    for group in content.get("parts") or [content]:
+        opens = group.get("caption")
+        for entry in group["chapters"]:
+            digits, letter = re.match(r"0*(\d*)(?:([A-Z])_)?",
+                                      Path(entry["file"]).name).groups()
+            chapter = Chapter(entry["file"], toc.parent,
+                              "Chapter" if digits else "Appendix",
+                              digits or letter or "")
+            if opens:  # a part of appendices has no number
+                part += bool(digits)
+                chapter.part = (ROMAN[part] if digits else "", opens)
+                opens = None
+            book.append(chapter)
+            last = max(last, letter or "")
+    for chapter in book[1:]:
+        if not chapter.number:  # 00_figures: the next letter
+            chapter.number = last = chr(ord(last) + 1)
     return book
 
 
@@ -479,34 +482,31 @@ class Render:
 def site_page(render: Render) -> str:
     "A notebook for Jupyter Book."
     cells = []
-
-    def add(kind, source, tags=(), **more):
-        cells.append({"cell_type": kind, "id": f"c{len(cells)}",
-                      "metadata": {"tags": list(tags)} if tags else {},
-                      "source": source.strip("\n"), **more})
-
     for blocks in render.blocks():
         code = None
         for kind, content in blocks:
             if kind == "text":
-                add("markdown", content)
-            elif kind == "code":
-                add("code", content, execution_count=1, outputs=[])
-            elif code is None:
-                add("code", "", ["remove-input"], execution_count=1,
-                    outputs=[])
-            code = cells[-1] if kind != "text" else None
+                cells.append(nb.new_markdown_cell(content.strip("\n")))
+                code = None
+                continue
+            if kind == "code" or code is None:  # else what it printed
+                code = nb.new_code_cell(content if kind == "code" else "",
+                                        execution_count=1)
+                cells.append(code)
             if kind == "value":
-                code["outputs"].append({
-                    "output_type": "execute_result", "execution_count": 1,
-                    "data": {"text/plain": content}, "metadata": {}})
-            elif kind in ("stdout", "stderr"):
-                code["outputs"].append({"output_type": "stream", "name": kind,
-                                        "text": content + "\n"})
-    meta = {"kernelspec": {"name": "python3", "display_name": "Python 3"},
-            "language_info": {"name": "python", "pygments_lexer": "ipython3"}}
-    return json.dumps({"cells": cells, "metadata": meta, "nbformat": 4,
-                       "nbformat_minor": 5}, indent=1) + "\n"
+                code.outputs.append(nb.new_output(
+                    "execute_result", {"text/plain": content},
+                    execution_count=1))
+            elif kind != "code":
+                code.outputs.append(nb.new_output(
+                    "stream", name=kind, text=content + "\n"))
+            if not code.source:
+                code.metadata.tags = ["remove-input"]
+    for i, cell in enumerate(cells):
+        cell.id = f"c{i}"
+    return nbformat.writes(nb.new_notebook(cells=cells, metadata={
+        "kernelspec": {"name": "python3", "display_name": "Python 3"},
+        "language_info": {"name": "python", "pygments_lexer": "ipython3"}}))
 
 
 def print_page(render: Render) -> str:

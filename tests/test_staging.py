@@ -121,7 +121,7 @@ def test_all_problems_are_told_at_once(tmp_path):
 def test_a_missing_chapter_is_named(tmp_path):
     write_book(tmp_path, TITLE)
     (tmp_path / "nbs" / "01_one.ipynb").unlink()
-    with pytest.raises(BookError, match="nbs/01_one, which does not exist"):
+    with pytest.raises(BookError, match="nbs/01_one: it does not exist"):
         read_book(tmp_path / "_toc.yml")
 
 
