@@ -41,7 +41,7 @@ local function Span(span)
       return pandoc.RawInline("typst", formula(span.content[1], number)
         .. " <" .. span.identifier .. ">")
     end
-    span.content:insert(pandoc.Str("\u{2003}(" .. number .. ")"))
+    span.content:insert(1, pandoc.Span("(" .. number .. ")", {class = "eqno"}))
     return span
   end
 end

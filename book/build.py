@@ -144,6 +144,7 @@ def inputs(product: str, out: Path) -> list[Path]:
 def make(product: str, out: Path) -> str:
     "Make a product if it is not up to date; a line that says where it lies."
     start, note = time.monotonic(), out / "cache" / f"{product}.made"
+    note.parent.mkdir(parents=True, exist_ok=True)
     known = note.read_text().split("\n") if note.exists() else ["", ""]
     now = digest(*inputs(product, out))
     fresh = known[0] == now and Path(known[1]).exists()
