@@ -77,7 +77,7 @@
     formulas: formulas.length, undrawn, pictures: pictures.length,
     unloaded: pictures.filter((e) => !e.complete || !e.naturalWidth ||
       !drawn(e)).map(label),
-    grounds: pictures.map((e) => [e.src, ground(e), getComputedStyle(e).filter]),
+    grounds: pictures.map((e) => [e.src, ground(e)]),
     font: [...document.fonts].some((f) => f.status === "loaded" && f.style === "normal" &&
       f.family.includes("Source Serif 4")) &&
       getComputedStyle(article).fontFamily.startsWith('"Source Serif 4"'),
