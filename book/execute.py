@@ -44,7 +44,11 @@ def modules(source: str, root: Path) -> dict[str, str]:
     while todo:
         source = todo.pop()
         names = {"cli"} if "llm-from-scratch" in source else set()
-        for node in ast.walk(ast.parse(source)):
+        try:
+            tree = ast.parse(source)
+        except SyntaxError:  # running it will tell where
+            continue
+        for node in ast.walk(tree):
             if isinstance(node, ast.Import):
                 names |= {alias.name.partition(f"{PACKAGE}.")[2]
                           for alias in node.names}

@@ -449,7 +449,7 @@ class Render:
         "The Markdown for a picture or a table that a cell made."
         label = cell.directives.get("label", "")
         if kind == "markdown":
-            return self.tabulate(content, cell.directives.get("tbl-cap"),
+            return self.tabulate(content, cell.directives.get("tbl-cap", ""),
                                  label if label.startswith("tbl-") else "")
         src = f"drawn/{self.chapter.path.stem}-{label}.{kind}"
         content = re.sub(r"<dc:date>.*?</dc:date>", "", content)

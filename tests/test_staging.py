@@ -96,6 +96,7 @@ WRONG_CODE = {
     "address": ("x", [("value", "<f at 0x7fabcdef01>")], "0x7fabcdef01 in"),
     "no label": ("x", [("svg", SVG)], "a picture without #| label"),
     "no caption": ("#| label: fig-a\nx", [("svg", SVG)], "go together"),
+    "no words": ("#| label: tbl-a\nx", [("markdown", "| a |\n|---|")], "go t"),
     "no picture": (FIG + "x", [], "fig-a labels one output, but the cell ma"),
     "two": (FIG + "x", [("svg", SVG)] * 2, "but the cell makes 2"),
     "html table": ("x", [("markdown", "| <b>a</b> |\n|---|")], "raw HTML"),
