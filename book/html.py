@@ -91,7 +91,7 @@ def build_html(staged: Path, toc: Path, out: Path) -> None:
             doctreedir=doctrees, quiet=True, warningiserror=True,
             keep_going=True)
     if failed:
-        shutil.rmtree(doctrees)  # or the next build would not warn again
+        shutil.rmtree(doctrees, ignore_errors=True)  # or it warns only once
         raise BookError(f"Jupyter Book: {said.getvalue().strip()}")
     mathjax = Path(find_spec("sphinx-mathjax-offline").origin).parent
     for name in MATHJAX:

@@ -1,3 +1,7 @@
 // The theme writes its news to the console; readers look there for errors.
-const log = console.log;
-console.log = (...news) => String(news[0]).startsWith("[PST]") || log(...news);
+{
+  const log = console.log;
+  console.log = (...news) => {
+    if (!String(news[0]).startsWith("[PST]")) log(...news);
+  };
+}
