@@ -286,7 +286,6 @@ def train_command(
 # %% ../nbs/D_command_line.ipynb #c9b5a862
 def _train_run(out: Path, run: dict) -> None:
     "Train what `run.json` says, from the newest checkpoint if there is one."
-    torch.set_float32_matmul_precision("medium")
     shape, plan = ModelConfig(**run["model"]), TrainConfig(**run["train"])
     tokenizer = Tokenizer.load(out / "tokenizer.json")
     torch.manual_seed(plan.seed)

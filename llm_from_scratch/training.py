@@ -456,5 +456,5 @@ def train(
 # %% ../nbs/08_training.ipynb #50dba24b
 RECIPES = {
     "nano": TrainConfig(n_steps=200, eval_batches=10),
-    "laptop": TrainConfig(),
+    "laptop": TrainConfig(n_steps=900, batch_size=8),
 }
