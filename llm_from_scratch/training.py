@@ -406,7 +406,7 @@ def _show(bar: tqdm, log: list[dict]) -> None:
     bar.set_postfix_str(text + f"{speed:,.0f} tokens/s", refresh=False)
     bar.update()
 
-
+# %% ../nbs/08_training.ipynb #1d9909ae
 def train(
     model: nn.Module,          # trained in place; a TransformerLM if saved
     train_windows: Windows,
