@@ -15,11 +15,12 @@ end
 
 local function inline(inlines) return content({pandoc.Plain(inlines)}) end
 
--- Pandoc's translation, where it misses: spaces, names of operators, the
--- columns of cases, names that Typst has changed.
+-- Pandoc's translation, where it misses: spaces, large brackets, names of
+-- operators, the columns of cases, names that Typst has changed.
 local function formula(math, number)
   local alt = math.text:gsub("^%s+", ""):gsub("%s+$", ""):gsub("%s+", " ")
   math.text = math.text:gsub("\\;", "\\:"):gsub("\\!", "")
+    :gsub("\\[bB]igg?l", "\\left"):gsub("\\[bB]igg?r", "\\right")
   local body = pandoc.write(pandoc.Pandoc({pandoc.Plain({math})}), "typst")
   body = body:gsub("^%s+", ""):gsub("%s+$", "")
   body = body:gsub('([^%(])"(%a+)"', '%1op("%2")'):gsub("(%a)%.circle", "%1.o")
