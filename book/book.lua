@@ -90,8 +90,9 @@ local function CodeBlock(block)
   local call, lang = "code", block.classes[1] or "text"
   if lang == "output" or lang == "stderr" then call, lang = lang, "text" end
   if block.classes:includes("answered") then call = "question" end
+  local exported = block.classes:includes("exported") and ", exported: true"
   return raw("#" .. call .. "(raw(block: true, lang: " .. quoted(lang) .. ", "
-    .. quoted(block.text) .. "))")
+    .. quoted(block.text) .. ")" .. (exported or "") .. ")")
 end
 
 local function Figure(figure)

@@ -469,7 +469,8 @@ class Render:
             if cell.has("hide", "default_exp"):
                 continue
             shown = cell.directives.get("echo") != "false"
-            blocks = [("code", cell.source)] * shown
+            kind = "export" if cell.has("export", "exporti") else "code"
+            blocks = [(kind, cell.source)] * shown
             for kind, content in cell.outputs:
                 if kind in ("svg", "png", "markdown"):
                     content, kind = self.made(cell, kind, content), "text"
@@ -489,15 +490,17 @@ def site_page(render: Render) -> str:
                 cells.append(nb.new_markdown_cell(content.strip("\n")))
                 code = None
                 continue
-            if kind == "code" or code is None:  # else what it printed
-                code = nb.new_code_cell(content if kind == "code" else "",
+            typed = kind in ("code", "export")
+            if typed or code is None:  # else what it printed
+                code = nb.new_code_cell(content if typed else "",
                                         execution_count=1)
+                code.metadata.tags = ["exported"] * (kind == "export")
                 cells.append(code)
             if kind == "value":
                 code.outputs.append(nb.new_output(
                     "execute_result", {"text/plain": content},
                     execution_count=1))
-            elif kind != "code":
+            elif not typed:
                 code.outputs.append(nb.new_output(
                     "stream", name=kind, text=content + "\n"))
             if not code.source:
@@ -511,7 +514,8 @@ def site_page(render: Render) -> str:
 
 def print_page(render: Render) -> str:
     "A chapter for pandoc."
-    page, infos = [], {"code": "python", "stderr": " {.stderr}"}
+    page, infos = [], {"code": "python", "export": " {.python .exported}",
+                       "stderr": " {.stderr}"}
     if render.chapter.part:
         number, title = render.chapter.part
         page.append(f'\n# {title} {{word="Part" number="{number}"}}\n')

@@ -260,6 +260,7 @@ def test_site_has_the_elements(site):
              for x in second.select(".admonition")]
     assert kinds == [{"note"}, {"warning"}, {"tip"}]
     assert len(site["references"].select("div.citation")) == 4
+    assert len(first.select(".tag_exported .cell_input")) == 1
 
 
 # --- The EPUB ---------------------------------------------------------------

@@ -150,7 +150,7 @@ def test_hidden_cells_and_directives_are_gone(tmp_path):
         tmp_path, TITLE, ("code", "#| default_exp one"),
         ("code", "#| hide\nsecret = 1"), ("code", "#| export\nshown = 1"),
         ("code", "#| echo: false\nunseen = 1"), outputs=[("value", "seen")])
-    assert "shown = 1" in page and "seen" in page
+    assert "``` {.python .exported}\nshown = 1" in page and "seen" in page
     for gone in ("secret", "#|", "default_exp", "unseen"):
         assert gone not in page
 
