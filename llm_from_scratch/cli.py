@@ -211,11 +211,14 @@ def _new_run(
 
 def _prepare_run(out: Path, run: dict) -> None:
     "Encode the data and write the folder; `run.json` comes last."
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        what = "a run" if (out / "run.json").exists() else "other files"
+    if (out / "run.json").exists():
         raise ValueError(
-            f"--out {out} holds {what} already: add --resume to go on "
-            "with a run, or choose another folder")
+            f"--out {out} holds a run already: add --resume to go on with "
+            "it, or choose another folder")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(
+            f"--out {out} is not empty and holds no run: remove it, or "
+            "choose another folder")
     model = run["model"]
     corpus = tokenize_corpus(run["data"], model["vocab_size"],
                              seed=run["train"]["seed"])
@@ -238,10 +241,14 @@ def _load_run(out: Path, steps: int | None) -> dict:
         raise ValueError(f"--resume: {out} holds no run (no run.json)")
     try:
         run = json.loads(path.read_text(encoding="utf-8"))
-        run["train"] |= {"n_steps": steps} if steps else {}
-        ModelConfig(**run["model"]), TrainConfig(**run["train"])
+        ModelConfig(**run["model"])
+        plan = TrainConfig(**run["train"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged: {error}") from None
+    if steps is not None and steps != plan.n_steps:
+        plan = dataclasses.replace(plan, n_steps=steps)
+        run["train"] = dataclasses.asdict(plan)
+        write_file(path, json.dumps(run, indent=2) + "\n")
     return run
 
 # %% ../nbs/D_command_line.ipynb #b071e4b0
@@ -316,15 +323,18 @@ def _train_run(out: Path, run: dict) -> None:
 
 # %% ../nbs/D_command_line.ipynb #c561f23c
 def find_model(
-    folder: str | Path,  # a model, or a run that is not finished
-) -> Path:
-    "The folder itself, or the newest checkpoint of an unfinished run."
+    folder: str | Path,  # a model, a checkpoint, or an unfinished run
+) -> tuple[Path, Path]:  # folder of the weights, folder of the tokenizer
+    "Where to load from; of an unfinished run, the newest checkpoint."
     folder = Path(folder)
     if not folder.exists():
         raise ValueError(f"model {str(folder)!r} does not exist")
     if not (folder / "config.json").exists() and list_checkpoints(folder):
-        return list_checkpoints(folder)[-1]
-    return folder
+        return list_checkpoints(folder)[-1], folder
+    run = folder.absolute().parent.parent  # if this is a checkpoint
+    if (folder / "training.json").exists() and (run / "run.json").exists():
+        return folder, run
+    return folder, folder
 
 
 @app.command("generate")
@@ -349,8 +359,9 @@ def generate_command(
 
     Example: `llm-from-scratch generate run/ --prompt "ROMEO:" --top-p 0.9`
     """
-    lm = load_model(find_model(model))
-    tokenizer = Tokenizer.load(model / "tokenizer.json")
+    weights, words = find_model(model)
+    lm = load_model(weights)
+    tokenizer = Tokenizer.load(words / "tokenizer.json")
     vocab_size, context = lm.config.vocab_size, lm.config.context_length
     check_sampling(vocab_size, max_new_tokens, temperature, top_k, top_p,
                    repetition_penalty)
