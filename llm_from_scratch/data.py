@@ -6,9 +6,10 @@
 __all__ = ['CORPORA', 'CLEANING', 'Windows', 'Document', 'encode_documents', 'write_tokens', 'open_tokens', 'cache_dir',
            'fetch_wheel', 'Corpus', 'read_folder', 'nearest', 'load_documents', 'data_card', 'clean_text',
            'repeated_lines', 'drop_lines', 'quality_problems', 'shingles', 'minhash', 'band_probability', 'find_copies',
-           'shared_runs', 'split_documents', 'TokenizedCorpus', 'tokenize_corpus']
+           'shared_runs', 'split_documents', 'TokenizedCorpus', 'tokenize_corpus', 'pack', 'document_mask', 'Packed']
 
 # %% ../nbs/02_data.ipynb #93dfde5b
+import bisect
 import difflib
 import hashlib
 import importlib.util
@@ -21,7 +22,7 @@ import tempfile
 import unicodedata
 import zlib
 from collections import Counter
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -613,3 +614,68 @@ def tokenize_corpus(
     valid_bytes = sum(len(d.text.encode("utf-8")) for d in valid)
     return TokenizedCorpus(tokenizer, encode_documents(train, tokenizer),
                            encode_documents(valid, tokenizer), valid_bytes)
+
+# %% ../nbs/02_data.ipynb #9b6e7234
+def pack(
+    lengths: Sequence[int],
+    size: int,           # room in a row
+) -> list[list[int]]:    # the numbers of the documents in each row
+    "Put documents into few rows, whole: best fit, the longest first."
+    rows, free = [], []  # free: (room, row), the least room first
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if lengths[i] > size:
+            raise ValueError(f"document {i} has {lengths[i]} tokens, "
+                             f"a row has room for {size}")
+        place = bisect.bisect_left(free, (lengths[i], -1))
+        room, row = free.pop(place) if place < len(free) else (size, len(rows))
+        if row == len(rows):
+            rows.append([])
+        rows[row].append(i)
+        bisect.insort(free, (room - lengths[i], row))
+    return rows
+
+# %% ../nbs/02_data.ipynb #23acdd0c
+def document_mask(
+    numbers: Tensor,  # of the document at each position (B, T)
+) -> Tensor:          # (B, T, T), True where attending is allowed
+    "A token may look at itself and back, within its document."
+    return (numbers[:, :, None] == numbers[:, None, :]).tril()
+
+
+class Packed:
+    "Batches of whole documents, several to a row, by the number of the step."
+
+    def __init__(
+        self,
+        documents: Sequence[Sequence[int]],  # the ids of each
+        end: int,             # the end-of-text id
+        context_length: int,  # T; room for a document and `end`
+        batch_size: int,      # B
+        seed: int = 0,
+    ):
+        self.seed, self.batch_size = seed, batch_size
+        lengths = [len(ids) + 1 for ids in documents]
+        rows = pack(lengths, context_length)
+        self.inputs = torch.full((len(rows), context_length), end)
+        self.targets = torch.full((len(rows), context_length), -100)
+        self.numbers = torch.full((len(rows), context_length), -1)
+        for row, members in enumerate(rows):
+            start = 0
+            for i in members:
+                here = slice(start, start := start + lengths[i])
+                ids = [int(token) for token in documents[i]]
+                self.inputs[row, here] = torch.tensor([end, *ids])
+                self.targets[row, here] = torch.tensor([*ids, end])
+                self.numbers[row, here] = i
+
+    def batch(
+        self,
+        step: int,  # from 0
+    ) -> tuple[Tensor, Tensor, Tensor]:  # inputs, targets, numbers (B, T)
+        "The batch of a step: the same whenever it is asked for."
+        n, first = len(self.inputs), step * self.batch_size
+        epochs, places = np.divmod(first + np.arange(self.batch_size), n)
+        order = {e: np.random.default_rng([self.seed, e]).permutation(n)
+                 for e in set(epochs.tolist())}
+        rows = [int(order[e][i]) for e, i in zip(epochs.tolist(), places)]
+        return self.inputs[rows], self.targets[rows], self.numbers[rows]
