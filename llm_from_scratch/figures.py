@@ -19,7 +19,7 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Polygon
 # %% ../nbs/00_figures.ipynb #d39382f5
 # Okabe and Ito's colours; dashes tell lines apart in grey print.
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00"]
-DASHES = ["-", "--", "-.", ":", "-", "--"]
+DASHES = ["-", "--", "-.", ":", (0, (7, 1.5)), (0, (4, 1, 1, 1, 1, 1))]
 INK, FAINT, PAPER = "#222222", "#8a8a8a", "#f4f1ea"
 CMAP = "cividis"
 WIDTH = 6.3  # inches: the text block of the page
@@ -65,7 +65,7 @@ class table:
         self.header = [str(name) for name in header]
         self.rows = [[str(cell) for cell in row] for row in rows]
         if any(len(row) != len(self.header) for row in self.rows):
-            raise ValueError(f"a row has not {len(self.header)} cells")
+            raise ValueError(f"a row does not have {len(self.header)} cells")
 
     def _repr_markdown_(self) -> str:
         sides = ["---:" if all(map(_is_number, column)) else "---"
