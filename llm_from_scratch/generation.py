@@ -19,7 +19,7 @@ from .tokenizer import END_OF_TEXT, Tokenizer
 # %% ../nbs/09_generation.ipynb #057a5b78
 def keep_top_k(
     logits: Tensor,  # (V,)
-    k: int,          # from 1; more than V keeps all
+    k: int,          # from 1; more than V is as good as V
 ) -> Tensor:         # (V,), all but the k largest at minus infinity
     "Cut the vocabulary to the k best tokens [@fan2018]."
     least = logits.topk(min(k, len(logits))).values[-1]
@@ -48,7 +48,7 @@ def penalise_repetition(
 ) -> Tensor:         # (V,)
     """Divide the positive and multiply the negative logits of seen tokens.
 
-    The formula of [@keskar2019ctrl], with its sign put right.
+    The formula of [@keskar2019ctrl], with negative logits handled.
     """
     picked = logits[seen]
     lowered = torch.where(picked > 0, picked / penalty, picked * penalty)
