@@ -22,7 +22,7 @@ import tempfile
 import unicodedata
 import zlib
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -102,25 +102,47 @@ def _fingerprint(tokenizer: Tokenizer) -> str:
     return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
 
 
+def _blocks(ids: np.ndarray | Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+    "Ids in blocks that are never large."
+    for array in ids if isinstance(ids, Iterator) else [ids]:
+        array = np.asarray(array)
+        yield from (array[i:i + (1 << 20)]
+                    for i in range(0, len(array), 1 << 20))
+
+
 def write_tokens(
     path: str | Path,
-    ids: np.ndarray,   # one-dimensional, each below `vocab_size`
-    vocab_size: int,   # decides between two and four bytes an id
-    tokenizer: Tokenizer | None = None,  # whose ids they are
+    ids: np.ndarray | Iterator[np.ndarray],  # one line, or its parts in turn
+    vocab_size: int,   # all ids are below; decides between two and four bytes
+    tokenizer: Tokenizer | None = None,      # whose ids they are
 ) -> Path:
     "Write ids behind a header with their type, number and checksum."
-    ids = np.asarray(ids)
-    if ids.size and not 0 <= ids.min() <= ids.max() < vocab_size:
-        raise ValueError(f"ids reach from {ids.min()} to {ids.max()}, but "
-                         f"vocab_size {vocab_size} ends at {vocab_size - 1}")
+    path, digest, count = Path(path), hashlib.sha256(), 0
     dtype = np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
-    data = ids.astype(dtype).tobytes()
-    header = {"dtype": dtype.str, "count": len(ids), "vocab_size": vocab_size,
-              "sha256": hashlib.sha256(data).hexdigest()}
-    if tokenizer:
-        header["tokenizer"] = _fingerprint(tokenizer)
-    line = json.dumps(header).encode().ljust(_HEADER - len(_MAGIC) - 1)
-    return write_file(path, _MAGIC + line + b"\n" + data)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as aside:
+        with open(Path(aside) / "ids", "wb") as file:
+            file.write(bytes(_HEADER))
+            for block in _blocks(ids):
+                if not 0 <= block.min() <= block.max() < vocab_size:
+                    raise ValueError(
+                        f"ids reach from {block.min()} to {block.max()}, but "
+                        f"vocab_size {vocab_size} ends at {vocab_size - 1}")
+                data = block.astype(dtype).tobytes()
+                digest.update(data)
+                count += len(block)
+                file.write(data)
+            header = {"dtype": dtype.str, "count": count,
+                      "vocab_size": vocab_size, "sha256": digest.hexdigest()}
+            if tokenizer:
+                header["tokenizer"] = _fingerprint(tokenizer)
+            file.seek(0)
+            file.write(_MAGIC + json.dumps(header).encode().ljust(
+                _HEADER - len(_MAGIC) - 1) + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(file.name, path)  # so a file of this name is whole
+    return path
 
 # %% ../nbs/02_data.ipynb #8e320358
 def _read_header(path: Path) -> dict:

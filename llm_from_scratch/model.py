@@ -31,16 +31,20 @@ from .tokenizer import END_OF_TEXT, Tokenizer, write_file
 def initialize_weights(
     model: nn.Module,  # anything that holds embeddings, linears and Blocks
     n_layers: int,     # L, the blocks that add to one stream
+    embedding_std: float | None = None,  # default: one over the root of D
 ) -> None:
-    "Draw all weights as GPT-2 did [@radford2019]; norms stay as they are."
+    "Draw weights that keep the size of what they carry; norms stay."
     for layer in model.modules():
         if isinstance(layer, (nn.Linear, nn.Embedding)):
-            nn.init.normal_(layer.weight, std=0.02)
+            std = 1 / math.sqrt(layer.weight.shape[1])
+            if isinstance(layer, nn.Embedding) and embedding_std is not None:
+                std = embedding_std
+            nn.init.normal_(layer.weight, std=std)
         if isinstance(layer, nn.Linear) and layer.bias is not None:
             nn.init.zeros_(layer.bias)
     for name, weight in model.named_parameters():
         if name.endswith(("attention.out.weight", "feed_forward.down.weight")):
-            nn.init.normal_(weight, std=0.02 / math.sqrt(2 * n_layers))
+            weight.data /= math.sqrt(2 * n_layers)
 
 # %% ../nbs/07_model.ipynb #0467adb0
 _SIZES = ("vocab_size", "context_length", "d_model", "n_layers", "n_heads",
@@ -131,8 +135,8 @@ def _gpt2(d_model: int, n_layers: int, n_heads: int) -> ModelConfig:
 
 PRESETS = {
     "nano": ModelConfig(vocab_size=512, context_length=64, d_model=64,
-                        n_layers=2, n_heads=4),
-    "laptop": ModelConfig(),
+                        n_layers=2, n_heads=4, tie_embeddings=False),
+    "laptop": ModelConfig(tie_embeddings=False),
     "gpt2-124m": _gpt2(768, 12, 12),
     "gpt2-355m": _gpt2(1024, 24, 16),
     "gpt2-774m": _gpt2(1280, 36, 20),
@@ -184,7 +188,8 @@ def _add_positions(
     if c.position == "learned":
         return x + model.positions.weight[start:end]
     if c.position == "sinusoidal":
-        return x * math.sqrt(c.d_model) + model.waves[start:end]
+        scale = math.sqrt(c.d_model) if c.tie_embeddings else 1.0
+        return x * scale + model.waves[start:end]
     return x
 
 # %% ../nbs/07_model.ipynb #7e285c6c
@@ -207,7 +212,8 @@ class TransformerLM(nn.Module):
                      else nn.Identity())
         self.head = (None if c.tie_embeddings
                      else nn.Linear(c.d_model, c.vocab_size, bias=False))
-        initialize_weights(self, c.n_layers)
+        initialize_weights(self, c.n_layers,
+                           None if c.tie_embeddings else 1.0)
 
     def new_caches(self, batch_size: int = 1) -> list[KVCache]:
         "Empty caches for `batch_size` sequences, one a block."
