@@ -27,6 +27,7 @@ from rich.table import Table
 from llm_from_scratch.data import (
     CORPORA,
     Windows,
+    data_card,
     load_documents,
     nearest,
     open_tokens,
@@ -146,15 +147,13 @@ def data_get(
     documents = load_documents(source)
     if quiet:
         return
-    text = "".join(d.text for d in documents)
     grid = Table(box=None, show_header=False)
+    licence = "unknown"
     if source in CORPORA:
         grid.add_row("corpus", CORPORA[source].about)
-        grid.add_row("licence", CORPORA[source].licence)
-    grid.add_row("documents", f"{len(documents):,}")
-    grid.add_row("characters", f"{len(text):,}")
-    grid.add_row("words", f"{len(text.split()):,}")
-    grid.add_row("first", documents[0].name)
+        licence = CORPORA[source].licence
+    for name, value in data_card(documents, licence):
+        grid.add_row(name, value)
     console.print(grid)
 
 # %% ../nbs/D_command_line.ipynb #d30f9567
