@@ -48,8 +48,11 @@ def rope_angles(
     "How far each pair has turned at each position."
     if rates is None:
         rates = rope_rates(head_dim, theta)
+    if 2 * len(rates) != head_dim:
+        raise ValueError(f"rates are for {len(rates)} pairs, but head_dim is "
+                         f"{head_dim}: give half as many")
     positions = torch.arange(n_positions, dtype=torch.float32)  # (T,)
-    return positions[:, None] * rates
+    return positions[:, None] * rates.to(positions.device)
 
 # %% ../nbs/05_position.ipynb #1aa0fa45
 def apply_rope(
@@ -145,8 +148,8 @@ def ntk_rates(
     factor: float,  # length wanted over length trained
 ) -> Tensor:        # (Dh/2,)
     "The same as a larger theta: the last pair slowed by factor."
-    n = len(rates)
-    return rates * factor ** (-torch.arange(n) / (n - 1))
+    pairs = torch.arange(len(rates), device=rates.device)
+    return rates * factor ** (-pairs / (len(rates) - 1))
 
 
 def llama3_rates(
@@ -175,7 +178,8 @@ def yarn_rates(
     step = -math.log(rates[1] / rates[0])
     first = max(math.floor(pair(high)), 0)
     last = min(math.ceil(pair(low)), 2 * len(rates) - 1)
-    ramp = (torch.arange(len(rates)) - first) / max(last - first, 1e-3)
+    pairs = torch.arange(len(rates), device=rates.device)
+    ramp = (pairs - first) / max(last - first, 1e-3)
     return _keep(rates, 1 - ramp.clamp(0, 1), factor)
 
 # %% ../nbs/05_position.ipynb #6254f63d
@@ -185,7 +189,8 @@ def scaled_rates(
     scaling: dict,  # `rope_scaling` of a config.json
 ) -> tuple[Tensor, float]:  # rates (Dh/2,), scale of cosines and sines
     "What `RotaryPositions` needs for a stretched model; else ValueError."
-    rates = rope_rates(head_dim, theta)
+    with torch.device("cpu"):  # also where a model is built on "meta"
+        rates = rope_rates(head_dim, theta)
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind == "default":
         return rates, 1.0
@@ -199,6 +204,7 @@ def scaled_rates(
     if kind == "llama3":
         return llama3_rates(rates, factor, trained, scaling["low_freq_factor"],
                             scaling["high_freq_factor"]), 1.0
-    scale = scaling.get("attention_factor") or 0.1 * math.log(factor) + 1
+    scale = scaling.get("attention_factor")
+    scale = scale or 0.1 * math.log(max(factor, 1.0)) + 1
     return yarn_rates(rates, factor, trained, scaling.get("beta_slow") or 1.0,
                       scaling.get("beta_fast") or 32.0), scale
