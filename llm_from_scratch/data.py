@@ -443,7 +443,8 @@ def _line_ends(text: str) -> str:
 def _invisible(text: str) -> str:
     "Drop control and format characters; joiners shape letters and stay."
     bad = {c for c in set(text) if unicodedata.category(c) in ("Cc", "Cf")}
-    return text.translate(dict.fromkeys(map(ord, bad - set("\n\t\u200c\u200d"))))
+    bad -= set("\n\t\u200c\u200d")
+    return text.translate(dict.fromkeys(map(ord, bad)))
 
 
 def _normal_form(text: str) -> str:
