@@ -7,7 +7,7 @@ __all__ = ['bigram_counts', 'bigram_loss', 'bits_per_byte', 'RNNLM', 'mean_loss'
 
 # %% ../nbs/03_recurrent.ipynb #d9b26ae9
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,11 +30,11 @@ def bigram_counts(
 
 # %% ../nbs/03_recurrent.ipynb #821cfc77
 def bigram_loss(
-    train: np.ndarray,        # ids
-    valid: np.ndarray,        # ids
+    train: np.ndarray,       # ids
+    valid: np.ndarray,       # ids
     vocab_size: int,
-    smoothing: float = 0.01,  # added to every count
-) -> float:                   # nats per token of `valid`
+    smoothing: float = 0.1,  # added to every count
+) -> float:                  # nats per token of `valid`
     "Predict each token from the one before, by counting."
     if not smoothing > 0:
         raise ValueError(f"smoothing is {smoothing}; it must be positive, "
@@ -55,7 +55,7 @@ def bits_per_byte(
 
 # %% ../nbs/03_recurrent.ipynb #e788f2ac
 class RNNLM(nn.Module):
-    "Embedding, `nn.RNN`, linear head: the next token from a running state."
+    "Embedding, recurrent loop, head: the next token from a running state."
 
     def __init__(
         self,
@@ -63,11 +63,12 @@ class RNNLM(nn.Module):
         d_model: int,          # D, of embedding and state
         n_layers: int = 1,
         dropout: float = 0.0,  # between layers
+        loop: type[nn.RNNBase] = nn.RNN,  # or nn.GRU, nn.LSTM
     ):
         super().__init__()
         self.embedding = nn.Embedding(vocab_size, d_model)
-        self.rnn = nn.RNN(d_model, d_model, n_layers, batch_first=True,
-                          dropout=dropout if n_layers > 1 else 0.0)
+        self.rnn = loop(d_model, d_model, n_layers, batch_first=True,
+                        dropout=dropout if n_layers > 1 else 0.0)
         self.head = nn.Linear(d_model, vocab_size)
 
     def forward(
@@ -87,7 +88,8 @@ def _device(model: nn.Module) -> torch.device:
 def mean_loss(
     model: nn.Module,  # ids (B, T) -> logits (B, T, V)
     windows: Windows,
-    n_batches: int | None = None,  # the first ones; default: one epoch
+    n_batches: int | None = None,  # the first ones; default: one epoch,
+                                   # less a last batch that is not full
 ) -> float:                        # nats per token
     "Mean cross-entropy over the same windows at every call."
     was_training = model.training
@@ -109,6 +111,8 @@ def fit(
     n_steps: int,
     learning_rate: float = 3e-3,
     max_norm: float = 1.0,  # gradients longer than this are shortened
+    after_step: Callable[[int, float], None] | None = None,
+    # is told the steps done, and the length of the gradient before clipping
 ) -> list[float]:           # the loss of every step, in nats
     "A plain training loop for lessons; chapter 8 builds the real one."
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
@@ -119,9 +123,11 @@ def fit(
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
         optimizer.step()
         losses.append(loss.item())
+        if after_step is not None:
+            after_step(step + 1, norm.item())
     return losses
 
 # %% ../nbs/03_recurrent.ipynb #3c285090
@@ -140,16 +146,23 @@ class Result:
     model: str
     corpus: str           # its name, and what was held out
     n_parameters: int
-    training_flops: int   # multiplications and additions, all steps
+    training_flops: int   # floating-point operations of all steps
     bits_per_byte: float  # on the part held out
+    tokens_read: int | None = None  # in training, repetitions included
 
 
 def comparison(
     results: Sequence[Result],
 ) -> tuple[list[list[str]], list[str]]:  # rows and header for `table`
     "The results as rows of text, worst first."
-    rows = [[r.model, r.corpus, f"{r.n_parameters:,}",
-             f"{r.training_flops:.1e}", f"{r.bits_per_byte:.3f}"]
+    corpora = sorted({r.corpus for r in results})
+    if len(corpora) > 1:
+        raise ValueError(f"the rows are about different texts, {corpora}; "
+                         "only results on the same text can be compared")
+    rows = [[r.model, f"{r.n_parameters:,}",
+             "" if r.tokens_read is None else f"{r.tokens_read:,}",
+             f"{r.training_flops:.1e}" if r.training_flops else "none",
+             f"{r.bits_per_byte:.3f}"]
             for r in sorted(results, key=lambda r: -r.bits_per_byte)]
-    return rows, ["model", "corpus", "parameters", "training FLOPs",
+    return rows, ["model", "parameters", "tokens read", "training FLOPs",
                   "bits per byte"]
