@@ -65,8 +65,9 @@ def _check_fields(config: "ModelConfig") -> None:
             raise ValueError(
                 f"{name} is {size!r}; it must be a whole number from 1")
     for name, known in _CHOICES.items():
-        if getattr(config, name) not in known:
-            raise ValueError(f"{name} is {getattr(config, name)!r}; choose "
+        value = getattr(config, name)
+        if value not in known or type(value) is not type(known[0]):
+            raise ValueError(f"{name} is {value!r}; choose "
                              + ", ".join(map(str, known)))
     for name, low, high in [("dropout", 0, 1), ("rope_theta", 1, math.inf),
                             ("norm_eps", 0, 1)]:
@@ -199,6 +200,7 @@ class TransformerLM(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = c = config
+        self.special_ids = {}  # of the folder it was read from
         self.embedding = nn.Embedding(c.vocab_size, c.d_model)
         if c.position == "learned":
             self.positions = nn.Embedding(c.context_length, c.d_model)
@@ -271,21 +273,22 @@ _CONFIG_NAMES = {  # their word -> ours
         "num_attention_heads": "n_heads", "num_key_value_heads": "n_kv_heads",
         "head_dim": "head_dim", "intermediate_size": "d_ff",
         "rms_norm_eps": "norm_eps", "rope_theta": "rope_theta",
-        "attention_dropout": "dropout",
         "tie_word_embeddings": "tie_embeddings"},
 }
 _FIXED = {  # what the layout must say, if it says anything
     "gpt2": {"activation_function": "gelu_new", "tie_word_embeddings": True,
-             "scale_attn_weights": True,
+             "scale_attn_weights": True, "add_cross_attention": False,
              "scale_attn_by_inverse_layer_idx": False},
     "llama": {"hidden_act": "silu", "attention_bias": False,
-              "mlp_bias": False},
+              "attention_dropout": 0.0, "mlp_bias": False,
+              "rope_interleaved": False},
 }
 _DEFAULTS = {  # what a file means that leaves these out
-    "gpt2": {"n_inner": None, "layer_norm_epsilon": 1e-5, "resid_pdrop": 0.1},
+    "gpt2": {"n_inner": None, "layer_norm_epsilon": 1e-5, "resid_pdrop": 0.1,
+             "embd_pdrop": 0.1, "attn_pdrop": 0.1},
     "llama": {"num_key_value_heads": None, "head_dim": None,
               "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
-              "attention_dropout": 0.0, "tie_word_embeddings": False},
+              "tie_word_embeddings": False},
 }
 _OURS = {  # what is true of every model of the layout
     "gpt2": {"position": "learned", "norm": "layernorm", "activation": "gelu",
@@ -299,23 +302,28 @@ def layout(
     config: ModelConfig,
 ) -> str:  # "gpt2" or "llama"
     "The Hugging Face architecture that this is; ValueError if it is none."
-    for kind, fixed in _OURS.items():
-        if all(getattr(config, name) == v for name, v in fixed.items()):
-            if kind == "llama" or (config.n_kv_heads == config.n_heads and
-                                   config.n_heads * config.head_dim
-                                   == config.d_model):
-                return kind
-    asked = ", ".join(f"{n}={getattr(config, n)!r}" for n in _OURS["gpt2"])
-    raise ValueError(
-        f"no Hugging Face layout for {asked}: gpt2 is learned, layernorm, "
-        "gelu, bias, tied, with a key for each query; llama is rotary, "
-        "rmsnorm, swiglu, no bias; both are pre-norm")
+    share = config.d_model / config.n_heads
+    heads = {"n_kv_heads": config.n_heads,
+             "head_dim": int(share) if share.is_integer() else share}
+    wanted = _OURS | {"gpt2": _OURS["gpt2"] | heads}
+    differ = {kind: [name for name, value in fixed.items()
+                     if getattr(config, name) != value]
+              for kind, fixed in wanted.items()}
+    kind = min(differ, key=lambda kind: len(differ[kind]))
+    if differ[kind]:
+        raise ValueError(
+            f"no Hugging Face layout for this model; {kind}, the nearest, has "
+            + ", ".join(f"{name}={wanted[kind][name]!r} in place of "
+                        f"{getattr(config, name)!r}"
+                        for name in differ[kind]))
+    return kind
 
 # %% ../nbs/07_model.ipynb #ff0ffb0b
 def to_hf_config(
     config: ModelConfig,
+    special_ids: dict | None = None,  # "eos_token_id" and its like
 ) -> dict:
-    "The content of `config.json`; the last id of the vocabulary ends a text."
+    "Content of `config.json`; the last id ends a text if you say nothing."
     kind, end = layout(config), config.vocab_size - 1
     names = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM"}
     content = {"architectures": [names[kind]], "model_type": kind}
@@ -324,28 +332,60 @@ def to_hf_config(
     if kind == "gpt2":
         content |= dict.fromkeys(("embd_pdrop", "attn_pdrop"), config.dropout)
     return content | _FIXED[kind] | {
-        "bos_token_id": end, "eos_token_id": end, "dtype": "float32"}
+        "bos_token_id": end, "eos_token_id": end, "dtype": "float32"
+    } | (special_ids or {})
 
 # %% ../nbs/07_model.ipynb #68aa552b
+_SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
+_HARMLESS = set(_SPECIAL) | set(
+    """architectures model_type dtype torch_dtype transformers_version
+    _name_or_path transformers.js_config use_cache initializer_range
+    output_attentions output_hidden_states output_past return_dict
+    is_encoder_decoder chunk_size_feed_forward gradient_checkpointing
+    id2label label2id problem_type task_specific_params n_ctx
+    summary_type summary_use_proj summary_activation summary_first_dropout
+    summary_proj_to_labels reorder_and_upcast_attn pretraining_tp
+    is_llama_config rope_parameters rope_scaling""".split())
+
+
+def _refuse_unknown(kind: str, content: dict) -> None:
+    "What the file says must be what we can do."
+    for key, value in _FIXED[kind].items():
+        if content.get(key, value) != value:
+            raise ValueError(
+                f"{key} is {content[key]!r}; only {value!r} is supported")
+    known = (_HARMLESS | set(_CONFIG_NAMES[kind]) | set(_FIXED[kind])
+             | set(_DEFAULTS[kind]))
+    for key, value in content.items():
+        if key not in known and value is not None:
+            raise ValueError(f"{key} is {value!r}; this package does not know "
+                             f"what it means for a {kind}")
+    if kind == "gpt2":
+        rates = {key: content[key] for key in
+                 ("resid_pdrop", "embd_pdrop", "attn_pdrop")}
+        if len(set(rates.values())) > 1:
+            raise ValueError(
+                "only one dropout for all is supported, not " + ", ".join(
+                    f"{key}={value!r}" for key, value in rates.items()))
+
+
 def from_hf_config(
     content: dict,  # of `config.json`
 ) -> ModelConfig:
     "Our configuration from theirs; what we cannot do is refused."
     kind = content.get("model_type")
-    if kind not in ("gpt2", "llama"):
-        raise ValueError(
-            f"model_type is {kind!r}; this package reads gpt2 and llama")
-    for key, value in _FIXED[kind].items():
-        if content.get(key, value) != value:
-            raise ValueError(
-                f"{key} is {content[key]!r}; only {value!r} is supported")
+    if kind not in _CONFIG_NAMES:
+        raise ValueError(f"model_type is {kind!r}; this package reads "
+                         + " and ".join(_CONFIG_NAMES))
     rope = content.get("rope_parameters") or content.get("rope_scaling") or {}
     rope = rope if isinstance(rope, dict) else {"type": rope}
     scaling = rope.get("rope_type", rope.get("type", "default"))
     if scaling != "default":
         raise ValueError(f"rope scaling is {scaling!r}; only plain rotary "
                          "positions are supported")
-    content = _DEFAULTS[kind] | rope | content
+    rope = {k: v for k, v in rope.items() if k not in ("rope_type", "type")}
+    content = _DEFAULTS[kind] | rope | content  # the later ones win
+    _refuse_unknown(kind, content)
     missing = [key for key in _CONFIG_NAMES[kind] if key not in content]
     if missing:
         raise ValueError(f"{kind} without {missing[0]}")
@@ -420,54 +460,106 @@ def to_hf_tensors(
     return out
 
 # %% ../nbs/07_model.ipynb #a32e163b
+def _replace_together(folder: Path, files: dict[str, str | bytes]) -> None:
+    "All files or none; the last one stands for the whole."
+    aside = {name: folder / f".{name}.new" for name in files}
+    try:
+        for name, content in files.items():
+            write_file(aside[name], content)  # makes the folder, too
+        (folder / list(files)[-1]).unlink(missing_ok=True)
+        for name, path in aside.items():
+            path.replace(folder / name)
+    finally:
+        for path in aside.values():
+            path.unlink(missing_ok=True)
+
+
 def save_model(
     model: TransformerLM,
     folder: str | Path,
+    special_ids: dict | None = None,  # default: those it was loaded with
 ) -> Path:  # the folder
     "Write a Hugging Face directory; a shape without a layout: ValueError."
-    folder, content = Path(folder), to_hf_config(model.config)
-    tensors = to_hf_tensors(model)
+    folder, ends = Path(folder), special_ids or model.special_ids
+    content = to_hf_config(model.config, ends)
     content["dtype"] = str(model.embedding.weight.dtype).split(".")[-1]
-    ends = {key: content[key] for key in ("bos_token_id", "eos_token_id")}
-    write_file(folder / "model.safetensors", save(tensors, {"format": "pt"}))
-    write_file(folder / "generation_config.json", json.dumps(ends, indent=2))
-    write_file(folder / "config.json", json.dumps(content, indent=2))
+    ends = {key: content[key] for key in _SPECIAL if key in content}
+    tensors = save(to_hf_tensors(model), {"format": "pt"})
+    _replace_together(folder, {
+        "model.safetensors": tensors,
+        "generation_config.json": json.dumps(ends, indent=2),
+        "config.json": json.dumps(content, indent=2)})
     return folder
 
 # %% ../nbs/07_model.ipynb #2bad34b9
-def _read_config(path: Path) -> ModelConfig:
-    if not path.is_file():
-        raise ValueError(
-            f"{path.parent} is not a model folder: it has no {path.name}")
+def _read_json(path: Path) -> dict:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds no JSON object")
+    return content
+
+
+def _read_configs(folder: Path) -> tuple[ModelConfig, dict]:
+    "The shape, and the ids that begin and end a text."
+    path, second = folder / "config.json", folder / "generation_config.json"
+    if not path.is_file():
+        raise ValueError(
+            f"{folder} is not a model folder: it has no {path.name}")
+    content = _read_json(path)
+    said = _read_json(second) if second.is_file() else {}
+    ends = {key: said[key] if said.get(key) is not None else content.get(key)
+            for key in _SPECIAL}
+    if ends["pad_token_id"] is None:
+        del ends["pad_token_id"]
     try:
-        return from_hf_config(content)
+        return from_hf_config(content), ends
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
 # %% ../nbs/07_model.ipynb #e0d3eacc
+_TABLES = re.compile(  # no weights: masks, and rates of rotary positions
+    r"(.+\.)?(attn\.(masked_)?bias|rotary_emb\.inv_freq)")
+
+
+def _check_tensors(path: Path, file: safe_open, wanted: dict) -> None:
+    "The file must have these names and shapes, and nothing else."
+    known = set(file.keys())
+    for name, shape in wanted.items():
+        if name not in known:
+            raise ValueError(f"{path} has no tensor {name}")
+        found = list(file.get_slice(name).get_shape())
+        if found != shape:
+            raise ValueError(f"{path}: {name} has shape {found}, "
+                             f"but config.json asks for {shape}")
+    for name in sorted(known - set(wanted)):
+        if name == "lm_head.weight":  # tied, and yet written
+            table = next(iter(wanted))
+            if torch.equal(file.get_tensor(name), file.get_tensor(table)):
+                continue
+            raise ValueError(f"{path}: {name} is not {table}, but "
+                             "config.json says that they are tied")
+        if not _TABLES.fullmatch(name):
+            raise ValueError(
+                f"{path} has a tensor {name}, which this model has not")
+
+
 def _read_tensors(path: Path, model: TransformerLM) -> dict[str, Tensor]:
-    "Our names and float32 tensors; nothing is read before its shape fits."
-    state, shapes = {}, {n: t.shape for n, t in model.state_dict().items()}
+    "Our names and float32 tensors; nothing is read before all shapes fit."
+    state, wanted = {}, {}
+    shapes = {n: t.shape for n, t in model.state_dict().items()}
     with safe_open(path, "pt") as file:
-        known = set(file.keys())
-        for ours, theirs, turned in hf_names(model.config):
-            if "wte.weight" in known:
-                theirs = [t.removeprefix("transformer.") for t in theirs]
-            wanted = _their_shapes(model.config, shapes[ours], len(theirs),
-                                   turned)
-            for name, shape in zip(theirs, wanted):
-                if name not in known:
-                    raise ValueError(f"{path} has no tensor {name}")
-                found = list(file.get_slice(name).get_shape())
-                if found != shape:
-                    raise ValueError(f"{path}: {name} has shape {found}, "
-                                     f"but config.json asks for {shape}")
+        names = hf_names(model.config)
+        if "wte.weight" in file.keys():
+            names = [(ours, [t.removeprefix("transformer.") for t in theirs],
+                      turned) for ours, theirs, turned in names]
+        for ours, theirs, turned in names:
+            wanted |= zip(theirs, _their_shapes(
+                model.config, shapes[ours], len(theirs), turned))
+        _check_tensors(path, file, wanted)
+        for ours, theirs, turned in names:
             weight = torch.cat([file.get_tensor(t).float() for t in theirs])
             state[ours] = weight.T.contiguous() if turned else weight
     return state
@@ -478,7 +570,7 @@ def load_model(
 ) -> TransformerLM:  # float32, in evaluation mode
     "Read a Hugging Face directory of the GPT-2 or Llama kind."
     folder = Path(folder)
-    config = _read_config(folder / "config.json")
+    config, special_ids = _read_configs(folder)
     weights = folder / "model.safetensors"
     if not weights.is_file():
         raise ValueError(f"{folder} has no {weights.name}")
@@ -490,6 +582,7 @@ def load_model(
         raise ValueError(f"{weights} is damaged: {error}") from None
     model.load_state_dict(state, assign=True)
     model.rotate = _make_rotary(config)  # not in the file, so not real yet
+    model.special_ids = special_ids
     return model.eval()
 
 # %% ../nbs/07_model.ipynb #7cd38fa4
@@ -500,6 +593,11 @@ def save_tokenizer(
 ) -> Path:                               # the folder
     "Write the two files that `transformers.AutoTokenizer` asks for."
     folder = Path(folder)
+    if (folder / "config.json").is_file():
+        rows = _read_json(folder / "config.json").get("vocab_size", 0)
+        if tokenizer.vocab_size > rows:
+            raise ValueError(f"the tokenizer has {tokenizer.vocab_size} ids, "
+                             f"but the model in {folder} only {rows}")
     content = {"tokenizer_class": "PreTrainedTokenizerFast",
                "clean_up_tokenization_spaces": False}
     if END_OF_TEXT in tokenizer.special_tokens:
