@@ -167,6 +167,7 @@ class MultiHeadAttention(nn.Module):
         width = (n_heads + 2 * n_kv_heads) * self.head_dim
         self.qkv = nn.Linear(d_model, width, bias=bias)
         self.out = nn.Linear(n_heads * self.head_dim, d_model, bias=bias)
+        self.q_norm = self.k_norm = nn.Identity()  # or a norm of width Dh
 
     def forward(
         self,
@@ -176,6 +177,7 @@ class MultiHeadAttention(nn.Module):
     ) -> Tensor:                       # (B, T, D)
         "Mix into each position what it finds before it."
         q, k, v = split_heads(self.qkv(x), self.n_heads, self.n_kv_heads)
+        q, k = self.q_norm(q), self.k_norm(k)
         if rotate is not None:
             offset = 0 if cache is None else cache.length
             q, k = rotate(q, offset), rotate(k, offset)

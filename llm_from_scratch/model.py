@@ -12,7 +12,7 @@ import dataclasses
 import json
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -24,7 +24,9 @@ from torch.nn import functional as F
 from .attention import KVCache
 from .block import Block, gated_width, make_norm
 from .data import nearest
-from .position import RotaryPositions, sinusoidal_positions
+from llm_from_scratch.position import (
+    RotaryPositions, scaled_rates, sinusoidal_positions,
+)
 from .tokenizer import END_OF_TEXT, Tokenizer, write_file
 
 # %% ../nbs/07_model.ipynb #0f97d8a2
@@ -53,6 +55,7 @@ _CHOICES = {"position": ("rotary", "learned", "sinusoidal", "none"),
             "norm": ("rmsnorm", "layernorm"),
             "activation": ("swiglu", "gelu", "relu"),
             "pre_norm": (True, False), "bias": (True, False),
+            "qk_norm": (False, True),
             "tie_embeddings": (True, False)}
 
 
@@ -86,6 +89,17 @@ def _check_shapes(c: "ModelConfig") -> None:
         if c.position == kind and getattr(c, name) % 2:
             raise ValueError(f"{name} {getattr(c, name)} is odd; {kind} "
                              "positions need an even one")
+    if c.rope_scaling is not None:
+        if not isinstance(c.rope_scaling, dict):
+            raise ValueError(f"rope_scaling is {c.rope_scaling!r}; it must be "
+                             "a dictionary, as in a config.json")
+        if c.position != "rotary":
+            raise ValueError(f"position is {c.position!r}; only rotary ones "
+                             "have a rope_scaling")
+        try:
+            scaled_rates(c.head_dim, c.rope_theta, c.rope_scaling)
+        except KeyError as missing:
+            raise ValueError(f"rope_scaling lacks {missing}") from None
 
 # %% ../nbs/07_model.ipynb #89e86d24
 @dataclass(frozen=True)
@@ -108,6 +122,8 @@ class ModelConfig:
     dropout: float = 0.0            # of embeddings, weights and branches
     rope_theta: float = 10000.0     # base of the rotary rates
     norm_eps: float = 1e-5          # keeps norms from dividing by zero
+    qk_norm: bool = False           # norms on queries and keys of each head
+    rope_scaling: dict | None = field(default=None, hash=False)  # config.json
 
     def __post_init__(self):
         "Fill in what was left out; refuse what cannot be built."
@@ -134,6 +150,26 @@ def _gpt2(d_model: int, n_layers: int, n_heads: int) -> ModelConfig:
         norm="layernorm", activation="gelu", bias=True)
 
 
+def _llama3(d_model: int, n_layers: int, n_heads: int, d_ff: int,
+            factor: float, is_tied: bool) -> ModelConfig:
+    return ModelConfig(
+        vocab_size=128256, context_length=131072, d_model=d_model,
+        n_layers=n_layers, n_heads=n_heads, n_kv_heads=8, d_ff=d_ff,
+        tie_embeddings=is_tied, rope_theta=500000.0, rope_scaling={
+            "rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192})
+
+
+def _qwen3(d_model: int, n_layers: int, n_heads: int,
+           is_tied: bool) -> ModelConfig:
+    return ModelConfig(
+        vocab_size=151936, context_length=40960, d_model=d_model,
+        n_layers=n_layers, n_heads=n_heads, n_kv_heads=8, head_dim=128,
+        d_ff=3 * d_model, tie_embeddings=is_tied, rope_theta=1000000.0,
+        norm_eps=1e-6, qk_norm=True)
+
+
 PRESETS = {
     "nano": ModelConfig(vocab_size=512, context_length=64, d_model=64,
                         n_layers=2, n_heads=4, tie_embeddings=False),
@@ -145,6 +181,12 @@ PRESETS = {
     "smollm2-135m": ModelConfig(
         vocab_size=49152, context_length=8192, d_model=576, n_layers=30,
         n_heads=9, n_kv_heads=3, rope_theta=100000.0),
+    "llama-3.2-1b": _llama3(2048, 16, 32, 8192, 32.0, True),
+    "llama-3.2-3b": _llama3(3072, 28, 24, 8192, 32.0, True),
+    "llama-3.1-8b": _llama3(4096, 32, 32, 14336, 8.0, False),
+    "qwen3-0.6b": _qwen3(1024, 28, 16, True),
+    "qwen3-1.7b": _qwen3(2048, 28, 16, True),
+    "qwen3-8b": _qwen3(4096, 36, 32, False),
 }
 
 # %% ../nbs/07_model.ipynb #8fada936
@@ -164,16 +206,23 @@ def _make_rotary(
     config: ModelConfig,
 ) -> RotaryPositions | None:
     "The tables that turn queries and keys, for rotary positions only."
-    if config.position != "rotary":
+    c = config
+    if c.position != "rotary":
         return None
-    return RotaryPositions(config.head_dim, config.context_length,
-                           config.rope_theta)
+    rates, scale = scaled_rates(c.head_dim, c.rope_theta, c.rope_scaling or {})
+    return RotaryPositions(c.head_dim, c.context_length, c.rope_theta, rates,
+                           scale)
 
 
 def _block(c: ModelConfig) -> Block:
-    return Block(c.d_model, c.n_heads, c.d_ff, c.n_kv_heads, c.head_dim,
-                 c.norm, c.norm_eps, c.pre_norm, c.activation, c.bias,
-                 c.dropout)
+    block = Block(c.d_model, c.n_heads, c.d_ff, c.n_kv_heads, c.head_dim,
+                  c.norm, c.norm_eps, c.pre_norm, c.activation, c.bias,
+                  c.dropout)
+    if c.qk_norm:
+        for name in ("q_norm", "k_norm"):
+            norm = make_norm(c.norm, c.head_dim, c.norm_eps)
+            setattr(block.attention, name, norm)
+    return block
 
 
 def _add_positions(
@@ -245,7 +294,9 @@ def count_parameters(
     c, bias = config, int(config.bias)
     wide, kv = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
     up = 2 * c.d_ff if c.activation == "swiglu" else c.d_ff
-    norm = 2 * c.d_model if c.norm == "layernorm" else c.d_model
+    norm = 2 if c.norm == "layernorm" else 1
+    normed = ((2 * c.n_layers + c.pre_norm) * c.d_model
+              + 2 * c.n_layers * c.head_dim * c.qk_norm)
     ends = c.vocab_size * c.d_model
     parts = {
         "embedding": ends,
@@ -254,7 +305,7 @@ def count_parameters(
                                    + (wide + bias) * c.d_model),
         "feed-forward": c.n_layers * ((c.d_model + bias) * up
                                       + (c.d_ff + bias) * c.d_model),
-        "norms": (2 * c.n_layers + c.pre_norm) * norm,
+        "norms": normed * norm,
         "head": 0 if c.tie_embeddings else ends,
     }
     return parts | {"total": sum(parts.values())}
@@ -275,6 +326,7 @@ _CONFIG_NAMES = {  # their word -> ours
         "rms_norm_eps": "norm_eps", "rope_theta": "rope_theta",
         "tie_word_embeddings": "tie_embeddings"},
 }
+_CONFIG_NAMES["qwen3"] = _CONFIG_NAMES["llama"]
 _FIXED = {  # what the layout must say, if it says anything
     "gpt2": {"activation_function": "gelu_new", "tie_word_embeddings": True,
              "scale_attn_weights": True, "add_cross_attention": False,
@@ -282,6 +334,8 @@ _FIXED = {  # what the layout must say, if it says anything
     "llama": {"hidden_act": "silu", "attention_bias": False,
               "attention_dropout": 0.0, "mlp_bias": False,
               "rope_interleaved": False},
+    "qwen3": {"hidden_act": "silu", "attention_bias": False,
+              "attention_dropout": 0.0, "use_sliding_window": False},
 }
 _DEFAULTS = {  # what a file means that leaves these out
     "gpt2": {"n_inner": None, "layer_norm_epsilon": 1e-5, "resid_pdrop": 0.1,
@@ -290,17 +344,21 @@ _DEFAULTS = {  # what a file means that leaves these out
               "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
               "tie_word_embeddings": False},
 }
+_DEFAULTS["qwen3"] = _DEFAULTS["llama"] | {
+    "num_key_value_heads": 32, "head_dim": 128}
 _OURS = {  # what is true of every model of the layout
     "gpt2": {"position": "learned", "norm": "layernorm", "activation": "gelu",
-             "bias": True, "pre_norm": True, "tie_embeddings": True},
+             "bias": True, "pre_norm": True, "tie_embeddings": True,
+             "qk_norm": False},
     "llama": {"position": "rotary", "norm": "rmsnorm", "activation": "swiglu",
-              "bias": False, "pre_norm": True},
+              "bias": False, "pre_norm": True, "qk_norm": False},
 }
+_OURS["qwen3"] = _OURS["llama"] | {"qk_norm": True}
 
 # %% ../nbs/07_model.ipynb #946c150a
 def layout(
     config: ModelConfig,
-) -> str:  # "gpt2" or "llama"
+) -> str:  # "gpt2", "llama" or "qwen3"
     "The Hugging Face architecture that this is; ValueError if it is none."
     share = config.d_model / config.n_heads
     heads = {"n_kv_heads": config.n_heads,
@@ -325,12 +383,15 @@ def to_hf_config(
 ) -> dict:
     "Content of `config.json`; the last id ends a text if you say nothing."
     kind, end = layout(config), config.vocab_size - 1
-    names = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM"}
+    names = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM",
+             "qwen3": "Qwen3ForCausalLM"}
     content = {"architectures": [names[kind]], "model_type": kind}
     for theirs, ours in _CONFIG_NAMES[kind].items():
         content[theirs] = getattr(config, ours)
     if kind == "gpt2":
         content |= dict.fromkeys(("embd_pdrop", "attn_pdrop"), config.dropout)
+    if config.rope_scaling is not None:
+        content["rope_scaling"] = config.rope_scaling
     return content | _FIXED[kind] | {
         "bos_token_id": end, "eos_token_id": end, "dtype": "float32"
     } | (special_ids or {})
@@ -345,7 +406,33 @@ _HARMLESS = set(_SPECIAL) | set(
     id2label label2id problem_type task_specific_params n_ctx
     summary_type summary_use_proj summary_activation summary_first_dropout
     summary_proj_to_labels reorder_and_upcast_attn pretraining_tp
-    is_llama_config rope_parameters rope_scaling""".split())
+    is_llama_config max_window_layers""".split())
+_SCALING = {  # what each kind of scaled rotation may say
+    "default": (), "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor",
+               "original_max_position_embeddings"),
+    "yarn": ("factor", "original_max_position_embeddings", "beta_fast",
+             "beta_slow", "attention_factor")}
+
+
+def _take_scaling(content: dict) -> dict | None:
+    "Move theta up, and return what is said of scaled rotations, if anything."
+    said = {}
+    for key in ("rope_scaling", "rope_parameters"):  # the old word, the new
+        part = content.pop(key, None) or {}
+        said |= part if isinstance(part, dict) else {"rope_type": part}
+    if "rope_theta" in said:
+        content["rope_theta"] = said.pop("rope_theta")
+    kind = said.pop("rope_type", said.pop("type", "default"))
+    if kind not in _SCALING:
+        raise ValueError(f"rope scaling is {kind!r}; supported are "
+                         + ", ".join(_SCALING))
+    said = {key: value for key, value in said.items() if value is not None}
+    for key in said:
+        if key not in _SCALING[kind]:
+            raise ValueError(f"{key} is {said[key]!r}; this package does not "
+                             f"know what it means for rotations, {kind}")
+    return None if kind == "default" else {"rope_type": kind, **said}
 
 
 def _refuse_unknown(kind: str, content: dict) -> None:
@@ -354,12 +441,15 @@ def _refuse_unknown(kind: str, content: dict) -> None:
         if content.get(key, value) != value:
             raise ValueError(
                 f"{key} is {content[key]!r}; only {value!r} is supported")
-    known = (_HARMLESS | set(_CONFIG_NAMES[kind]) | set(_FIXED[kind])
-             | set(_DEFAULTS[kind]))
+    known = (_HARMLESS | {"layer_types"} | set(_CONFIG_NAMES[kind])
+             | set(_FIXED[kind]) | set(_DEFAULTS[kind]))
     for key, value in content.items():
         if key not in known and value is not None:
             raise ValueError(f"{key} is {value!r}; this package does not know "
                              f"what it means for a {kind}")
+    if set(content.get("layer_types") or ()) - {"full_attention"}:
+        raise ValueError(f"layer_types are {content['layer_types']}; only "
+                         "full_attention is supported")
     if kind == "gpt2":
         rates = {key: content[key] for key in
                  ("resid_pdrop", "embd_pdrop", "attn_pdrop")}
@@ -377,19 +467,13 @@ def from_hf_config(
     if kind not in _CONFIG_NAMES:
         raise ValueError(f"model_type is {kind!r}; this package reads "
                          + " and ".join(_CONFIG_NAMES))
-    rope = content.get("rope_parameters") or content.get("rope_scaling") or {}
-    rope = rope if isinstance(rope, dict) else {"type": rope}
-    scaling = rope.get("rope_type", rope.get("type", "default"))
-    if scaling != "default":
-        raise ValueError(f"rope scaling is {scaling!r}; only plain rotary "
-                         "positions are supported")
-    rope = {k: v for k, v in rope.items() if k not in ("rope_type", "type")}
-    content = _DEFAULTS[kind] | rope | content  # the later ones win
+    content = _DEFAULTS[kind] | content  # the later one wins
+    scaling = _take_scaling(content)
     _refuse_unknown(kind, content)
     missing = [key for key in _CONFIG_NAMES[kind] if key not in content]
     if missing:
         raise ValueError(f"{kind} without {missing[0]}")
-    return ModelConfig(**_OURS[kind], **{
+    return ModelConfig(**_OURS[kind], rope_scaling=scaling, **{
         ours: content[key] for key, ours in _CONFIG_NAMES[kind].items()})
 
 # %% ../nbs/07_model.ipynb #889ddc25
@@ -408,6 +492,9 @@ _TENSOR_NAMES = {  # of our modules, there
         "feed_forward.up": "mlp.gate_proj mlp.up_proj",
         "feed_forward.down": "mlp.down_proj"},
 }
+_TENSOR_NAMES["qwen3"] = _TENSOR_NAMES["llama"] | {
+    "attention.q_norm": "self_attn.q_norm",
+    "attention.k_norm": "self_attn.k_norm"}
 
 
 def hf_names(
@@ -415,16 +502,16 @@ def hf_names(
 ) -> list[tuple[str, list[str], bool]]:  # ours, theirs, stored transposed
     "Which of our tensors is which of theirs; several lie one below another."
     kind, names = layout(config), []
-    stems = {"gpt2": "transformer.", "llama": "model."}
-    blocks = {"gpt2": "h.", "llama": "layers."}
+    first, block = (("transformer.", "h.") if kind == "gpt2"
+                    else ("model.", "layers."))
     with torch.device("meta"):
         state = TransformerLM(config).state_dict()
     for ours, tensor in state.items():
         number, part, last = re.fullmatch(
             r"(?:blocks\.(\d+\.))?(.+)\.(weight|bias)", ours).groups()
-        stem = "" if part == "head" else stems[kind]
+        stem = "" if part == "head" else first
         if number is not None:
-            stem += blocks[kind] + number
+            stem += block + number
         theirs = [f"{stem}{name}.{last}"
                   for name in _TENSOR_NAMES[kind][part].split()]
         turned = kind == "gpt2" and number is not None and tensor.dim() == 2

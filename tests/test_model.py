@@ -95,3 +95,42 @@ def test_reader_past_the_context(position):
     for i in range(50):
         a, b = cached.read([i % 37]), plain.read([i % 37])
         torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+
+
+SLOWED = {
+    "rope_type": "llama3",
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8,
+}
+
+
+@pytest.mark.parametrize(
+    "more",
+    [dict(qk_norm=True, head_dim=12), dict(rope_scaling=SLOWED)],
+    ids=["qwen3", "llama3"],
+)
+@torch.no_grad()
+def test_norms_of_heads_and_slowed_rotations(more, ids):
+    torch.manual_seed(0)
+    shape = dict(
+        vocab_size=37, context_length=16, d_model=32, n_layers=2, n_heads=4
+    )
+    model = TransformerLM(ModelConfig(**shape, n_kv_heads=2, **more)).eval()
+    plain = TransformerLM(ModelConfig(**shape, n_kv_heads=2, head_dim=12))
+    whole, other = model(ids), ids.clone()
+    if "qk_norm" in more:  # the norms must do something
+        assert plain.load_state_dict(model.state_dict(), strict=False)
+        assert (plain.eval()(ids) - whole).abs().max() > 1e-3
+    other[:, 7:] = (ids[:, 7:] + 1) % 37
+    torch.testing.assert_close(model(other)[:, :7], whole[:, :7])
+    caches, at = model.new_caches(3), 0
+    for size in (5, 1, 6):
+        part = model(ids[:, at : at + size], caches)
+        torch.testing.assert_close(
+            part, whole[:, at : at + size], rtol=0, atol=1e-5
+        )
+        at += size
+    exported = torch.export.export(model, (ids,)).module()
+    torch.testing.assert_close(exported(ids), whole)
