@@ -19,7 +19,7 @@ from .attention import KVCache, MultiHeadAttention
 def gelu(
     x: Tensor,  # any shape
 ) -> Tensor:    # the same shape
-    "x times the normal share below it, as in GPT-2 [@hendrycks2016gelu]."
+    "x times the normal share below it (Hendrycks and Gimpel 2016)."
     inner = math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)
     return 0.5 * x * (1 + torch.tanh(inner))
 
@@ -28,7 +28,7 @@ def gated_width(
     d_ff: int,          # width of a plain network
     multiple: int = 1,  # round up to a multiple of this
 ) -> int:               # width of a gated one with as many parameters
-    "Two thirds of `d_ff`: three matrices in place of two [@shazeer2020glu]."
+    "Two thirds of `d_ff`: three matrices in place of two (Shazeer 2020)."
     return -(-2 * d_ff // (3 * multiple)) * multiple
 
 # %% ../nbs/06_block.ipynb #0e6487d4
@@ -68,7 +68,7 @@ class FeedForward(nn.Module):
 
 # %% ../nbs/06_block.ipynb #353efdce
 class LayerNorm(nn.Module):
-    "Mean 0 and variance 1 at every position, then scale and shift [@ba2016]."
+    "Mean 0, variance 1 at every position; scale, shift (Ba et al. 2016)."
 
     def __init__(
         self,
@@ -89,7 +89,7 @@ class LayerNorm(nn.Module):
 
 # %% ../nbs/06_block.ipynb #6af38d11
 class RMSNorm(nn.Module):
-    "Mean square 1 at every position, then scale [@zhang2019rmsnorm]."
+    "Mean square 1 at every position, then scale (Zhang and Sennrich 2019)."
 
     def __init__(
         self,
@@ -136,7 +136,7 @@ def post_norm_step(
     norm: Callable[[Tensor], Tensor],
     dropout: Callable[[Tensor], Tensor],
 ) -> Tensor:                             # (B, T, D)
-    "Normalize the stream itself, after the sum [@vaswani2017]."
+    "Normalize the stream itself, after the sum (Vaswani et al. 2017)."
     return norm(x + dropout(layer(x)))
 
 # %% ../nbs/06_block.ipynb #eaf88a11

@@ -532,7 +532,7 @@ def minhash(
     n_hashes: int = 112,
     seed: int = 0,        # equal for all texts that will be compared
 ) -> np.ndarray:          # (n_hashes,)
-    "The smallest hash of a set, under many hashes [@broder1997minhash]."
+    "The smallest hash of a set, under many hashes (Broder 1997)."
     rng = np.random.default_rng(seed)
     factor, offset = rng.integers(
         1 << 63, size=(2, n_hashes, 1), dtype=np.uint64)

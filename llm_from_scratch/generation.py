@@ -21,7 +21,7 @@ def keep_top_k(
     logits: Tensor,  # (V,)
     k: int,          # from 1; more than V is as good as V
 ) -> Tensor:         # (V,), all but the k largest at minus infinity
-    "Cut the vocabulary to the k best tokens [@fan2018]."
+    "Cut the vocabulary to the k best tokens (Fan et al. 2018)."
     least = logits.topk(min(k, len(logits))).values[-1]
     return logits.masked_fill(logits < least, float("-inf"))
 
@@ -30,7 +30,7 @@ def keep_top_p(
     logits: Tensor,  # (V,)
     p: float,        # in (0, 1]; 1 keeps all
 ) -> Tensor:         # (V,), the tail at minus infinity
-    "Keep the fewest best tokens that hold probability p [@holtzman2020]."
+    "Keep the fewest best tokens that hold p (Holtzman et al. 2020)."
     if p >= 1:       # rounding in the sum must not cut what it should not
         return logits
     ordered, order = logits.sort(descending=True)
@@ -48,7 +48,7 @@ def penalise_repetition(
 ) -> Tensor:         # (V,)
     """Divide the positive and multiply the negative logits of seen tokens.
 
-    The formula of [@keskar2019ctrl], with negative logits handled.
+    The formula of Keskar et al. 2019, with negative logits handled.
     """
     picked = logits[seen]
     lowered = torch.where(picked > 0, picked / penalty, picked * penalty)
