@@ -132,12 +132,14 @@ def fit(
 
 # %% ../nbs/03_recurrent.ipynb #3c285090
 def rnn_flops(
-    vocab_size: int,  # V
-    d_model: int,     # D
+    vocab_size: int,      # V
+    d_model: int,         # D
     n_layers: int = 1,
-) -> int:             # operations for one token, going forward
+    n_products: int = 1,  # of W and U a layer: 3 in a GRU, 4 in an LSTM
+) -> int:                 # operations for one token, going forward
     "Multiplications and additions in the matrix products of an `RNNLM`."
-    return 4 * n_layers * d_model**2 + 2 * d_model * vocab_size
+    loop = 4 * n_layers * n_products * d_model**2
+    return loop + 2 * d_model * vocab_size
 
 # %% ../nbs/03_recurrent.ipynb #65f580ab
 @dataclass(frozen=True)
