@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PRESETS', 'initialize_weights', 'ModelConfig', 'preset', 'TransformerLM', 'count_parameters', 'layout',
            'to_hf_config', 'from_hf_config', 'hf_names', 'to_hf_tensors', 'save_model', 'load_model', 'save_tokenizer',
-           'flops_per_token', 'memory_bytes']
+           'flops_per_token', 'memory_bytes', 'activation_bytes', 'training_bytes', 'what_fits']
 
 # %% ../nbs/07_model.ipynb #ca795a9e
 import dataclasses
@@ -729,3 +729,74 @@ def memory_bytes(
     return {"weights": n_weights * size, "gradients": n_weights * size,
             "AdamW moments": 2 * n_weights * size,
             "KV cache": batch_size * cached * size}
+
+# %% ../nbs/07_model.ipynb #9574c7d9
+def activation_bytes(
+    config: ModelConfig,
+    batch_size: int = 1,
+    context: int | None = None,  # tokens of each text, default context_length
+) -> dict[str, int]:             # component -> bytes, in float32
+    "What the forward pass keeps for the backward pass, without dropout."
+    c = config
+    kept = 3 if c.norm == "rmsnorm" else 2  # vectors at each norm
+    norms = 2 * c.n_layers * kept * c.d_model
+    norms += (kept if c.pre_norm else 1) * c.d_model
+    q, k = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
+    heads = (2 * q + 2 * k + c.n_heads + (c.position == "rotary") * (q + k)
+             + c.qk_norm * (2 * q + k))
+    wide = {"swiglu": 4, "gelu": 2, "relu": 1}[c.activation] * c.d_ff
+    n = 4 * batch_size * (c.context_length if context is None else context)
+    return {"norms": n * norms, "attention": n * c.n_layers * heads,
+            "feed-forward": n * c.n_layers * wide, "logits": n * c.vocab_size}
+
+# %% ../nbs/07_model.ipynb #be728b07
+def training_bytes(
+    config: ModelConfig,
+    batch_size: int = 1,
+    context: int | None = None,  # tokens of each text, default context_length
+    accumulates: bool = False,   # gradients of earlier batches are kept
+) -> dict[str, int]:             # component -> bytes; "total" last
+    "Float32, at the moment of a step that needs most."
+    fixed, kept = memory_bytes(config), activation_bytes(
+        config, batch_size, context)
+    weights, moments = fixed["weights"], fixed["AdamW moments"]
+    logits = 3 * kept.pop("logits")  # log-probabilities, and two gradients
+    parts = {"weights": weights, "gradients": weights * accumulates,
+             "AdamW moments": moments, "activations": sum(kept.values()),
+             "logits": logits, "working space": 0}
+    if weights * (2 - accumulates) > parts["activations"] + logits:
+        parts |= {"gradients": weights, "activations": 0, "logits": 0,
+                  "working space": weights}
+    return parts | {"total": sum(parts.values())}
+
+# %% ../nbs/07_model.ipynb #e77c18bc
+def what_fits(
+    config: ModelConfig,
+    memory: int,                 # bytes
+    context: int | None = None,  # tokens of each text, default context_length
+) -> dict[str, int]:             # 0 where nothing fits
+    "Largest batch and longest text that `memory` holds, in float32."
+    c = config
+    T = c.context_length if context is None else context
+
+    def largest(need, limit):
+        "The most for which need(n) <= memory; need never falls."
+        low, high = 0, limit + 1
+        while high - low > 1:
+            middle = (low + high) // 2
+            fits = need(middle) <= memory
+            low, high = (middle, high) if fits else (low, middle)
+        return low
+
+    def writing(n, positions):
+        need = memory_bytes(c, n, positions)
+        return need["weights"] + need["KV cache"]
+
+    return {
+        "texts in training": largest(
+            lambda n: training_bytes(c, n, T)["total"], 2**20),
+        "tokens of one text in training": largest(
+            lambda t: training_bytes(c, 1, t)["total"], c.context_length),
+        "texts in writing": largest(lambda n: writing(n, T), 2**20),
+        "tokens of one text in writing": largest(
+            lambda t: writing(1, t), c.context_length)}
