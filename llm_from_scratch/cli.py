@@ -10,6 +10,7 @@ __all__ = ['app', 'data_app', 'console', 'main', 'data_list', 'data_get', 'train
 import dataclasses
 import json
 import os
+import re
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -44,9 +45,12 @@ from llm_from_scratch.model import (
     flops_per_token,
     layout,
     load_model,
+    memory_bytes,
     preset,
     save_model,
     save_tokenizer,
+    training_bytes,
+    what_fits,
 )
 from .recurrent import bits_per_byte
 from .tokenizer import END_OF_TEXT, Tokenizer, write_file
@@ -377,20 +381,77 @@ def generate_command(
     print()
 
 # %% ../nbs/D_command_line.ipynb #fd1bbb51
+def _bytes(text: str) -> int:
+    "16GB, 16 GiB, 900MB ... as a number of bytes."
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT])(i?)B?\s*", text,
+                         re.I)
+    size = match and int(float(match[1]) * (1024 if match[3] else 1000) ** (
+        "KMGT".index(match[2].upper()) + 1))
+    if not size:
+        raise ValueError(f"--memory is {text!r}; write it as 16GB or 8GiB")
+    return size
+
+
+def _advice(shape: ModelConfig, memory: int) -> list[str]:
+    "What fits into `memory`, and what to change where something does not."
+    fits, T = what_fits(shape, memory), shape.context_length
+    n = fits["texts in training"]
+    length = fits["tokens of one text in training"]
+    if n:
+        train = f"batches of up to {n:,} texts of {T:,} tokens"
+    elif length:
+        train = (f"not with {T:,} tokens, not even one text; with up to "
+                 f"{length:,} it does: set a smaller context_length")
+    else:
+        need = training_bytes(shape, 1, 1)["total"]
+        names = [name for name in PRESETS if what_fits(
+            PRESETS[name], memory)["tokens of one text in training"]]
+        train = (f"does not fit; with one short text it takes "
+                 f"{need / 1e9:,.1f} GB")
+        if names:
+            best = max(names, key=lambda name: count_parameters(
+                PRESETS[name])["total"])
+            train += f". The largest preset that does is {best}"
+    n, length = fits["texts in writing"], fits["tokens of one text in writing"]
+    if n:
+        write = f"up to {n:,} texts of {T:,} tokens at once"
+    elif length:
+        write = f"one text of up to {length:,} tokens: set context_length"
+    else:
+        need = memory_bytes(shape)["weights"]
+        write = f"does not fit; the weights take {need / 1e9:,.1f} GB"
+    return [f"training: {train}", f"writing: {write}"]
+
+
 @app.command("estimate")
 def estimate_command(
     preset_name: Annotated[str, typer.Option(
         "--preset", help="A named configuration.")],
+    memory: Annotated[str | None, typer.Option(
+        help="Of your machine, as 16GB or 8GiB: say what fits.")] = None,
 ) -> None:
-    "Count the parameters and operations of a preset."
+    """Count the parameters, operations and memory of a preset.
+
+    Example: `llm-from-scratch estimate --preset gpt2-124m --memory 16GB`
+    """
     shape = preset(preset_name)
+    room = None if memory is None else _bytes(memory)
     grid = Table(box=None, show_header=False)
     grid.add_column()
     grid.add_column(justify="right")
     for part, count in count_parameters(shape).items():
         grid.add_row(part, f"{count:,}")
     grid.add_row("FLOPs per trained token", f"{flops_per_token(shape):,}")
+    if room is not None:
+        for part, size in training_bytes(shape).items():
+            if size:
+                grid.add_row(f"bytes to train on one text: {part}",
+                             f"{size:,}")
+        size = memory_bytes(shape)["KV cache"]
+        grid.add_row("bytes to write one text: KV cache", f"{size:,}")
     console.print(grid)
+    if room is not None:
+        print(*_advice(shape, room), sep="\n")
 
 # %% ../nbs/D_command_line.ipynb #46ca6606
 if __name__ == "__main__" and "__file__" in globals():  # not a notebook

@@ -325,3 +325,35 @@ def test_full_disk(run, text_folder, tmp_path):
     assert "No space left" in last and last.startswith("error: ")
     assert ".step-" not in done.stdout, "a half-written checkpoint is left"
     assert "usable" in done.stdout, "the checkpoint before is lost"
+
+
+def test_estimate_says_what_fits(cli):
+    from llm_from_scratch.model import PRESETS, training_bytes
+
+    done = cli("estimate", "--preset", "gpt2-124m")
+    assert done.returncode == 0 and "124,439,808" in done.stdout
+    assert "training" not in done.stdout
+    done = cli("estimate", "--preset", "gpt2-124m", "--memory", "16GB")
+    found = re.search(r"batches of up to (\d+) texts", done.stdout)
+    n, shape = int(found[1]), PRESETS["gpt2-124m"]
+    assert training_bytes(shape, n)["total"] <= 16e9
+    assert training_bytes(shape, n + 1)["total"] > 16e9
+    done = cli("estimate", "--preset", "gpt2-1558m", "--memory", "16 GB")
+    assert "The largest preset that does is gpt2-774m" in done.stdout
+    done = cli("estimate", "--preset", "smollm2-135m", "--memory", "16GB")
+    assert "set a smaller context_length" in done.stdout
+    done = cli("estimate", "--preset", "qwen3-8b", "--memory", "2GiB")
+    assert "the weights take 32.8 GB" in done.stdout
+
+
+@pytest.mark.parametrize("memory", ["much", "16", "-3GB", "0GB", ""])
+def test_estimate_of_impossible_memory(cli, memory):
+    one_line(
+        cli("estimate", "--preset", "nano", f"--memory={memory}"),
+        "--memory",
+        repr(memory),
+    )
+
+
+def test_estimate_of_an_unknown_preset(cli):
+    one_line(cli("estimate", "--preset", "gpt2-124"), "'gpt2-124m'")
