@@ -12,6 +12,7 @@ import dataclasses
 import json
 import math
 import re
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -138,7 +139,7 @@ class ModelConfig:
             "d_ff": gated_width(wide, 8) if self.activation == "swiglu"
             else wide}
         for name, value in follow.items():
-            if getattr(self, name) is None:
+            if getattr(self, name) is None:  # frozen, but not to itself
                 object.__setattr__(self, name, value)
         _check_shapes(self)
 
@@ -611,43 +612,65 @@ _TABLES = re.compile(  # no weights: masks, and rates of rotary positions
     r"(.+\.)?(attn\.(masked_)?bias|rotary_emb\.inv_freq)")
 
 
-def _check_tensors(path: Path, file: safe_open, wanted: dict) -> None:
-    "The file must have these names and shapes, and nothing else."
-    known = set(file.keys())
+def _open_weights(folder: Path, stack: ExitStack) -> dict[str, safe_open]:
+    "Each tensor's name, and the open file that holds it."
+    one = folder / "model.safetensors"
+    index = folder / "model.safetensors.index.json"
+    paths = [one]
+    if not one.is_file() and index.is_file():
+        places = _read_json(index).get("weight_map")
+        if not isinstance(places, dict):
+            raise ValueError(f"{index} has no weight_map")
+        paths = [folder / str(name) for name in sorted(set(places.values()))]
+    files = {}
+    for path in paths:
+        if path.parent != folder or not path.is_file():
+            raise ValueError(f"{folder} has no {path.name}")
+        try:
+            file = stack.enter_context(safe_open(path, "pt"))
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged: {error}") from None
+        files |= dict.fromkeys(file.keys(), file)
+    return files
+
+
+def _check_tensors(folder: Path, files: dict, wanted: dict) -> None:
+    "The files must have these names and shapes, and nothing else."
     for name, shape in wanted.items():
-        if name not in known:
-            raise ValueError(f"{path} has no tensor {name}")
-        found = list(file.get_slice(name).get_shape())
+        if name not in files:
+            raise ValueError(f"{folder} has no tensor {name}")
+        found = list(files[name].get_slice(name).get_shape())
         if found != shape:
-            raise ValueError(f"{path}: {name} has shape {found}, "
+            raise ValueError(f"{folder}: {name} has shape {found}, "
                              f"but config.json asks for {shape}")
-    for name in sorted(known - set(wanted)):
+    for name in sorted(set(files) - set(wanted)):
         if name == "lm_head.weight":  # tied, and yet written
             table = next(iter(wanted))
-            if torch.equal(file.get_tensor(name), file.get_tensor(table)):
-                continue
-            raise ValueError(f"{path}: {name} is not {table}, but "
-                             "config.json says that they are tied")
-        if not _TABLES.fullmatch(name):
+            head, rows = (files[n].get_tensor(n) for n in (name, table))
+            if not torch.equal(head, rows):
+                raise ValueError(f"{folder}: {name} is not {table}, but "
+                                 "config.json says that they are tied")
+        elif not _TABLES.fullmatch(name):
             raise ValueError(
-                f"{path} has a tensor {name}, which this model has not")
+                f"{folder} has a tensor {name}, which this model has not")
 
 
-def _read_tensors(path: Path, model: TransformerLM) -> dict[str, Tensor]:
+def _read_tensors(folder: Path, model: TransformerLM) -> dict[str, Tensor]:
     "Our names and float32 tensors; nothing is read before all shapes fit."
     state, wanted = {}, {}
     shapes = {n: t.shape for n, t in model.state_dict().items()}
-    with safe_open(path, "pt") as file:
-        names = hf_names(model.config)
-        if "wte.weight" in file.keys():
+    with ExitStack() as stack:
+        files, names = _open_weights(folder, stack), hf_names(model.config)
+        if "wte.weight" in files:
             names = [(ours, [t.removeprefix("transformer.") for t in theirs],
                       turned) for ours, theirs, turned in names]
         for ours, theirs, turned in names:
             wanted |= zip(theirs, _their_shapes(
                 model.config, shapes[ours], len(theirs), turned))
-        _check_tensors(path, file, wanted)
+        _check_tensors(folder, files, wanted)
         for ours, theirs, turned in names:
-            weight = torch.cat([file.get_tensor(t).float() for t in theirs])
+            weight = torch.cat([files[t].get_tensor(t).float()
+                                for t in theirs])
             state[ours] = weight.T.contiguous() if turned else weight
     return state
 
@@ -655,18 +678,15 @@ def _read_tensors(path: Path, model: TransformerLM) -> dict[str, Tensor]:
 def load_model(
     folder: str | Path,
 ) -> TransformerLM:  # float32, in evaluation mode
-    "Read a Hugging Face directory of the GPT-2 or Llama kind."
+    "Read a Hugging Face directory of the GPT-2, Llama or Qwen3 kind."
     folder = Path(folder)
     config, special_ids = _read_configs(folder)
-    weights = folder / "model.safetensors"
-    if not weights.is_file():
-        raise ValueError(f"{folder} has no {weights.name}")
     with torch.device("meta"):
         model = TransformerLM(config)
     try:
-        state = _read_tensors(weights, model)
+        state = _read_tensors(folder, model)
     except SafetensorError as error:
-        raise ValueError(f"{weights} is damaged: {error}") from None
+        raise ValueError(f"{folder} is damaged: {error}") from None
     model.load_state_dict(state, assign=True)
     model.rotate = _make_rotary(config)  # not in the file, so not real yet
     model.special_ids = special_ids
