@@ -50,7 +50,7 @@ def merge_pair(
 
 # %% ../nbs/01_tokenizer.ipynb #0cae1d2d
 class WordBPE:
-    "Byte-pair encoding over words that end in `</w>` [@sennrich2016]."
+    "Classic BPE: words end in `</w>` (Sennrich and others, 2016)."
 
     def __init__(
         self,
@@ -77,7 +77,7 @@ class WordBPE:
         return cls(merges)
 
     def encode(self, text: str) -> list[str]:
-        "Replay the merges on every word; its last piece ends in `</w>`."
+        "Pieces, not yet ids; the last of a word ends in `</w>`."
         out = []
         for word in text.split():
             symbols = (*word, "</w>")
@@ -108,7 +108,7 @@ def _visible(token: bytes) -> str:
 GPT2_PATTERN = "|".join([
     r"'(?:[sdmt]|ll|ve|re)",  # 's 'd 'm 't 'll 've 're
     r" ?\p{L}+",              # letters, and the space before them
-    r" ?\p{N}+",              # digits, likewise
+    r" ?\p{N}+",              # numbers, likewise
     r" ?[^\s\p{L}\p{N}]+",    # other signs, likewise
     r"\s+(?!\S)",             # white space, but not the last before a word
     r"\s+",                   # white space that is left
@@ -210,7 +210,7 @@ def merge_by_rank(
     ranks: dict[tuple[int, int], int],  # pair -> id of the joined pair
 ) -> tuple[int, ...]:
     "Join the pair that was learned first, until no pair is known."
-    none = len(ranks) << 32
+    none = float("inf")
     while len(ids) > 1:
         pair = min(zip(ids, ids[1:]), key=lambda p: ranks.get(p, none))
         if pair not in ranks:
@@ -228,7 +228,7 @@ class _WordCache(dict):
     def __missing__(self, word: str) -> tuple[int, ...]:
         ids = [self.byte_ids[byte] for byte in word.encode("utf-8")]
         ids = merge_by_rank(ids, self.ranks)
-        if len(self) < 1 << 18 and len(word) < 64:
+        if len(self) < 2**18 and len(word) < 64:  # bounded memory
             self[word] = ids
         return ids
 
@@ -253,7 +253,7 @@ def _number_special(
 
 # %% ../nbs/01_tokenizer.ipynb #48f99611
 class ByteBPE:
-    "Bytes and merges: any text in, ids out, and back [@radford2019]."
+    "Bytes and merges: any text in, ids out, and back."
 
     def __init__(
         self,
@@ -329,7 +329,9 @@ class Tokenizer(ByteBPE):
         vocab_size: int,       # bytes, merges and special tokens together
         special_tokens: Sequence[str] = (END_OF_TEXT,),
     ) -> "Tokenizer":
-        "Learn merges until the vocabulary is full or no pair is left."
+        "Learn until the vocabulary is full; it stays smaller without pairs."
+        if isinstance(texts, str):
+            raise ValueError("texts is one str; give a list of texts")
         least = 256 + len(special_tokens)
         if vocab_size < least:
             raise ValueError(f"vocab_size is {vocab_size}; bytes and special "
@@ -376,7 +378,7 @@ def write_file(
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(aside, 0o644)
+        os.chmod(aside, 0o644)  # mkstemp lets only the owner read
         os.replace(aside, path)
     except BaseException:
         Path(aside).unlink(missing_ok=True)
@@ -416,31 +418,45 @@ def _to_json(tokenizer: ByteBPE) -> str:
     }, ensure_ascii=False)
 
 # %% ../nbs/01_tokenizer.ipynb #1d4f37b5
+def _refuse_unknown(content: dict) -> None:
+    "ValueError if a setting of a `tokenizer.json` asks for other ids."
+    model, added = content["model"], content["added_tokens"]
+    cut, after, decoder = (content.get(part) for part in (
+        "pre_tokenizer", "post_processor", "decoder"))
+    for what, found, fine in (
+        ("truncation", content.get("truncation"), None),
+        ("padding", content.get("padding"), None),
+        ("normalizer", content.get("normalizer"), None),
+        ("pre_tokenizer", {"use_regex": True, **(cut or {}),
+                           "trim_offsets": True}, _BYTE_LEVEL),
+        ("post_processor", (after or _BYTE_LEVEL).get("type"), "ByteLevel"),
+        ("decoder", (decoder or {}).get("type"), "ByteLevel"),
+        ("model type", model.get("type", "BPE"), "BPE"),
+        *((f"model {key}", model.get(key) or None, None) for key in (
+            "dropout", "continuing_subword_prefix", "end_of_word_suffix",
+            "byte_fallback", "ignore_merges")),
+        *((f"added token {token['content']!r}, {key}", token.get(key, False),
+           False) for token in added
+          for key in ("single_word", "lstrip", "rstrip")),
+        ("mixture of added tokens, normalized",
+         len({token.get("normalized", False) for token in added}) > 1, False),
+    ):
+        if found != fine:
+            raise ValueError(f"its {what} is {found!r}; we follow only {fine}")
+
+
 def _unpack(content: dict) -> tuple[list[tuple[int, int]], dict[str, int]]:
     "Merges and special tokens of a `tokenizer.json`, or ValueError."
-    cut, model = content["pre_tokenizer"] or {}, content["model"]
-    after = content.get("post_processor") or {"type": "ByteLevel"}
-    for what, fine in (
-        ("model", model.get("type", "BPE") == "BPE"),
-        ("normalizer", content.get("normalizer") is None),
-        ("pre_tokenizer", cut.get("type") == "ByteLevel"
-         and cut.get("use_regex", True) and not cut.get("add_prefix_space")),
-        ("post_processor", after.get("type") == "ByteLevel"),
-        ("model", not any(model.get(k) for k in (
-            "continuing_subword_prefix", "end_of_word_suffix",
-            "byte_fallback", "ignore_merges", "dropout"))),
-    ):
-        if not fine:
-            raise ValueError(f"its {what} is of a kind not known here")
-    vocab, special = model["vocab"], {
+    _refuse_unknown(content)
+    vocab, special = content["model"]["vocab"], {
         token["content"]: token["id"] for token in content["added_tokens"]}
     pairs = [m.split(" ") if isinstance(m, str) else m
-             for m in model["merges"]]
+             for m in content["model"]["merges"]]
     names = [*byte_to_unicode().values(), *(a + b for a, b in pairs)]
     taken, n = set(special.values()), len(names) + len(special)
     free = [i for i in range(n) if i not in taken]
-    if (dict(zip(names, free)) | special != special | vocab
-            or len(special | vocab) < n):
+    expected, found = dict(zip(names, free)) | special, special | vocab
+    if expected != found or len(found) < n:
         raise ValueError("its ids are not bytes, then merges, in order")
     return [(vocab[a], vocab[b]) for a, b in pairs], special
 
