@@ -24,6 +24,9 @@ def bigram_counts(
     vocab_size: int,   # V
 ) -> np.ndarray:       # (V, V): how often column follows row
     "Count neighbours."
+    if len(ids) and ids.max() >= vocab_size:
+        raise ValueError(f"the ids reach {ids.max()}; a vocab_size of "
+                         f"{vocab_size} allows {vocab_size - 1}")
     pairs = ids[:-1].astype(np.int64) * vocab_size + ids[1:]
     counts = np.bincount(pairs, minlength=vocab_size**2)
     return counts.reshape(vocab_size, vocab_size)
