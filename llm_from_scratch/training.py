@@ -67,7 +67,7 @@ def _adamw_update(params: list, states: list[dict], group: dict) -> None:
 
 
 class AdamW(torch.optim.Optimizer):
-    "Adam with decoupled weight decay [@loshchilov2019adamw]."
+    "Adam with decoupled weight decay (Loshchilov and Hutter 2019)."
 
     def __init__(
         self,
@@ -109,7 +109,7 @@ def learning_rate(
     warmup_steps: int,  # until the peak is reached
     final_fraction: float = 0.1,  # of the peak, at the end
 ) -> float:
-    "Linear warm-up, then half a cosine down [@loshchilov2017sgdr]."
+    "Linear warm-up, then half a cosine down (Loshchilov and Hutter 2017)."
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
     progress = (step - warmup_steps) / max(1, n_steps - warmup_steps)
@@ -121,7 +121,7 @@ def clip_gradients(
     params: Iterable[nn.Parameter],
     max_norm: float,  # longest joint gradient that is let through
 ) -> float:           # its length before
-    "Shorten all gradients by one factor if they are long [@pascanu2013]."
+    "Shorten gradients by one factor if they are long (Pascanu et al. 2013)."
     grads = [p.grad for p in params if p.grad is not None]
     if not grads:
         return 0.0
@@ -130,17 +130,22 @@ def clip_gradients(
     return norm.item()
 
 # %% ../nbs/08_training.ipynb #f068f08b
+def _choose_precision(precision: str, device: str) -> str:
+    if precision != "auto":
+        return precision
+    if device == "cuda":
+        short = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        short = device == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    return "bf16" if short else "fp32"
+
+
 def autocast(
     precision: str,        # "auto", "fp32" or "bf16"
     device: str = "cpu",   # "cpu", "cuda" or "mps"
 ) -> torch.autocast:       # the context of a forward pass
     "bf16 in and out of matrix products; auto: if the machine gains by it."
-    if precision == "auto":
-        if device == "cuda":
-            short = torch.cuda.is_bf16_supported(including_emulation=False)
-        else:
-            short = device == "cpu" and torch.cpu._is_avx512_bf16_supported()
-        precision = "bf16" if short else "fp32"
+    precision = _choose_precision(precision, device)
     return torch.autocast(device, torch.bfloat16, precision == "bf16")
 
 # %% ../nbs/08_training.ipynb #66f06b61
@@ -237,6 +242,10 @@ def list_checkpoints(
     return sorted(found, key=lambda path: int(path.name[5:]))
 
 
+def _checksum(state: dict) -> str:
+    return hashlib.sha256(json.dumps(state).encode()).hexdigest()
+
+
 def _checksums(folder: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest()
             for path in sorted(folder.glob("*"))
@@ -271,7 +280,8 @@ def save_checkpoint(
         save_model(model, aside)
         write_file(aside / "training.safetensors",
                    save(_training_tensors(model, optimizer)))
-        state = {"step": step, **extra, "sha256": _checksums(aside)}
+        state = {"step": step, **extra}
+        state["sha256"] = {**_checksums(aside), "state": _checksum(state)}
         write_file(aside / "training.json", json.dumps(state) + "\n")
         old = final.with_name(".old-" + final.name)
         if final.exists():   # written before; it goes when the new one stands
@@ -312,9 +322,10 @@ def load_checkpoint(
     folder = Path(folder)
     try:
         state = json.loads((folder / "training.json").read_text())
-        step, sums = state["step"], _checksums(folder)
-        for name, wanted in state.pop("sha256").items():
-            if sums.get(name) != wanted:
+        step, wanted = state["step"], state.pop("sha256")
+        sums = {**_checksums(folder), "state": _checksum(state)}
+        for name in wanted:
+            if sums.get(name) != wanted[name]:
                 raise ValueError(f"{name} is not what was written")
         saved = load_model(folder)
         tensors = load_file(folder / "training.safetensors")
@@ -440,6 +451,9 @@ def train(
     optimizer = AdamW(parameter_groups(model, c.weight_decay),
                       c.learning_rate, betas=(0.9, c.beta2))
     torch.manual_seed(c.seed)
+    device = next(model.parameters()).device.type
+    c = dataclasses.replace(c, precision=_choose_precision(c.precision,
+                                                           device))
     step, log = 0, []
     if folder:
         layout(model.config)   # refuse now what cannot be saved later
