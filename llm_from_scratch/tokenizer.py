@@ -14,7 +14,8 @@ import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Sequence
 from functools import lru_cache
-from itertools import chain
+from itertools import chain, repeat
+from operator import add
 from pathlib import Path
 
 import regex
@@ -120,44 +121,55 @@ def split_words(text: str) -> list[str]:
     "Cut text into words; joined, they are the text again."
     return regex.findall(GPT2_PATTERN, text)
 
+# %% ../nbs/01_tokenizer.ipynb #a8c6042e
+def _as_string(word: str, byte_ids: dict[int, int]) -> str:
+    "The ids of a word's bytes, each id written as one character."
+    return word.encode("utf-8").decode("latin-1").translate(byte_ids)
+
 # %% ../nbs/01_tokenizer.ipynb #0c29f25f
 def _index_pairs(
-    words: list[tuple[int, ...]],  # distinct words, as ids
-    weights: list[int],            # how often each occurs
-) -> tuple[Counter, dict[tuple[int, int], set[int]]]:
+    words: list[str],    # distinct words, a character for each id
+    weights: list[int],  # how often each occurs
+) -> tuple[Counter, dict[str, list[int]]]:
     "Count each pair, and note the places in `words` that contain it."
-    pairs, places = Counter(), defaultdict(set)
+    pairs, places = defaultdict(int), defaultdict(list)
     for i, word in enumerate(words):
-        for pair in zip(word, word[1:]):
+        for pair in map(add, word, word[1:]):
             pairs[pair] += weights[i]
-            places[pair].add(i)
-    return pairs, places
+            places[pair].append(i)
+    return Counter(pairs), places
 
 # %% ../nbs/01_tokenizer.ipynb #0da0e81b
 def _merge_in_place(
-    words: list[tuple[int, ...]],  # changed
+    words: list[str],              # changed
     weights: list[int],
-    places: dict[tuple[int, int], set[int]],  # changed
-    pair: tuple[int, int],
-    new: int,  # id of the joined pair
-) -> Counter:  # by how much the count of each pair changes
+    places: dict[str, list[int]],  # changed
+    pair: str,
+    new: str,  # what takes the place of the pair
+) -> dict[str, int]:  # by how much the counts of other pairs change
     "Join `pair` in the words that contain it."
-    changes = Counter()
+    (a, b), changes = pair, defaultdict(int)
     for i in places.pop(pair):
-        old = words[i]
-        words[i] = word = merge_pair(old, pair, new)
-        for gone in zip(old, old[1:]):
-            changes[gone] -= weights[i]
-        for found in zip(word, word[1:]):
-            changes[found] += weights[i]
-            places[found].add(i)
+        pieces, n = words[i].split(pair), weights[i]
+        words[i] = new.join(pieces)
+        for k, (before, after) in enumerate(zip(pieces, pieces[1:])):
+            x, y = before[-1:], after[:1]
+            if x or k:  # to the left stands x or the joint before
+                changes[(x or b) + a] -= n
+                changes[(x or new) + new] += n
+                places[(x or new) + new].append(i)
+            if y:
+                changes[b + y] -= n
+                changes[new + y] += n
+                places[new + y].append(i)
+    changes.pop(pair, None)  # in aaa the pair overlaps itself
     return changes
 
 # %% ../nbs/01_tokenizer.ipynb #023ab676
 def _pop_best(
-    heap: list[tuple[int, tuple[int, int]]],  # (-count, pair); changed
-    pairs: Counter,                           # the true counts
-) -> tuple[int, int] | None:
+    heap: list[tuple[int, str]],  # (-count, pair); changed
+    pairs: Counter,               # the true counts
+) -> str | None:
     "Take out the most frequent pair; of equals the one of smaller ids."
     while heap:
         count, pair = heapq.heappop(heap)
@@ -174,19 +186,20 @@ def learn_merges(
 ) -> list[tuple[int, int]]:  # pairs of ids; the first makes id 256
     "Join the most frequent pair of ids, again and again."
     first_id = {b: i for i, b in enumerate(byte_to_unicode())}
-    words = [tuple(first_id[b] for b in w.encode("utf-8")) for w in counts]
+    words = [_as_string(word, first_id) for word in counts]
     weights = list(counts.values())
     pairs, places = _index_pairs(words, weights)
     heap = [(-count, pair) for pair, count in pairs.items()]
     heapq.heapify(heap)
     merges = []
     while len(merges) < n_merges and (pair := _pop_best(heap, pairs)):
-        new = 256 + len(merges)
-        merges.append(pair)
-        changes = _merge_in_place(words, weights, places, pair, new)
-        for other, change in changes.items():
+        new = chr(256 + len(merges))
+        merges.append(tuple(map(ord, pair)))
+        del pairs[pair]
+        for other, change in _merge_in_place(
+                words, weights, places, pair, new).items():
             pairs[other] += change
-            if change > 0:
+            if change > 0:  # a smaller count has an entry already
                 heapq.heappush(heap, (-pairs[other], other))
     return merges
 
@@ -223,11 +236,20 @@ class _WordCache(dict):
     "Ids of the words met so far; works out the others when asked."
 
     def __init__(self, byte_ids: dict[int, int], ranks: dict):
-        self.byte_ids, self.ranks = byte_ids, ranks
+        self.byte_ids = byte_ids
+        self.ranks = {chr(a) + chr(b): chr(new)
+                      for (a, b), new in ranks.items()}
+        self.pairs = {new: pair for pair, new in self.ranks.items()}
 
     def __missing__(self, word: str) -> tuple[int, ...]:
-        ids = [self.byte_ids[byte] for byte in word.encode("utf-8")]
-        ids = merge_by_rank(ids, self.ranks)
+        symbols, none = _as_string(word, self.byte_ids), chr(0x10FFFF)
+        while len(symbols) > 1:
+            pairs = map(add, symbols, symbols[1:])
+            first = min(map(self.ranks.get, pairs, repeat(none)))
+            if first == none:
+                break
+            symbols = symbols.replace(self.pairs[first], first)
+        ids = tuple(map(ord, symbols))
         if len(self) < 2**18 and len(word) < 64:  # bounded memory
             self[word] = ids
         return ids
