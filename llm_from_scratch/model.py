@@ -142,6 +142,8 @@ class ModelConfig:
             if getattr(self, name) is None:  # frozen, but not to itself
                 object.__setattr__(self, name, value)
         _check_shapes(self)
+        if self.rope_scaling is not None:  # a copy: nobody else can change it
+            object.__setattr__(self, "rope_scaling", dict(self.rope_scaling))
 
 # %% ../nbs/07_model.ipynb #8f7072dd
 def _gpt2(d_model: int, n_layers: int, n_heads: int) -> ModelConfig:
@@ -407,7 +409,8 @@ _HARMLESS = set(_SPECIAL) | set(
     id2label label2id problem_type task_specific_params n_ctx
     summary_type summary_use_proj summary_activation summary_first_dropout
     summary_proj_to_labels reorder_and_upcast_attn pretraining_tp
-    is_llama_config max_window_layers""".split())
+    is_llama_config max_window_layers _num_labels finetuning_task
+    tokenizer_class torchscript _attn_implementation_autoset""".split())
 _SCALING = {  # what each kind of scaled rotation may say
     "default": (), "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor",
