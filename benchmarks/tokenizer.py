@@ -20,6 +20,7 @@ from importlib.util import find_spec
 os.environ["RAYON_NUM_THREADS"] = "1"  # before tokenizers is imported
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import regex
 import tiktoken
 import tokenizers
 from rich.console import Console
@@ -131,6 +132,7 @@ def main():
 
     encoding = {
         "cutting alone": lambda: lambda: split_words(text),
+        "cutting by regex": lambda: lambda: regex.findall(GPT2_PATTERN, text),
         "ours": fresh_ours,
         "tiktoken": lambda: lambda: openai.encode_ordinary(text),
         "tokenizers, one text": lambda: fresh_theirs("encode", text),

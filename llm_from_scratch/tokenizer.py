@@ -10,6 +10,7 @@ __all__ = ['GPT2_PATTERN', 'END_OF_TEXT', 'count_pairs', 'merge_pair', 'WordBPE'
 import heapq
 import json
 import os
+import re
 import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Sequence
@@ -116,10 +117,28 @@ GPT2_PATTERN = "|".join([
 ])
 END_OF_TEXT = "<|endoftext|>"
 
+# %% ../nbs/01_tokenizer.ipynb #01ab0002
+_ANY = regex.compile(GPT2_PATTERN)
+_PLAIN = re.compile(
+    GPT2_PATTERN.replace(r" ?\p{L}", " ?[A-Za-z]")
+    .replace(r" ?\p{N}", " ?[0-9]").replace(r"\p{L}\p{N}", "A-Za-z0-9"),
+    re.ASCII)
+_BREAK = re.compile(r"(?<=\S)(?=[ \n])")
 
-def split_words(text: str) -> list[str]:
+
+def split_words(
+    text: str,
+    block_size: int = 2**14,  # characters that are cut at once, at least
+) -> list[str]:
     "Cut text into words; joined, they are the text again."
-    return regex.findall(GPT2_PATTERN, text)
+    words, start = [], 0
+    while start < len(text):
+        found = _BREAK.search(text, start + block_size)
+        end = found.start() if found else len(text)
+        block = text[start:end]
+        words += (_PLAIN if block.isascii() else _ANY).findall(block)
+        start = end
+    return words
 
 # %% ../nbs/01_tokenizer.ipynb #a8c6042e
 def _as_string(word: str, byte_ids: dict[int, int]) -> str:
