@@ -4,13 +4,16 @@ What the pages need lies beside them: MathJax from a wheel, the theme's
 scripts and icons, our fonts. Nothing is fetched from anywhere else.
 """
 import contextlib
+import gc
 import hashlib
 import io
 import re
 import shutil
+import weakref
 from configparser import ConfigParser
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 from book.stage import BookError
 
@@ -75,11 +78,20 @@ def overrides(staged: Path, toc: Path, downloads: list[Path]) -> dict:
     }
 
 
+def living_objects() -> list:
+    "Every object but weak proxies, which raise if what they name is gone."
+    return [thing for thing in gc.get_objects()
+            if type(thing) not in weakref.ProxyTypes]
+
+
 def build_html(staged: Path, toc: Path, out: Path) -> None:
     "Render the staged pages into `out`; only what changed is written."
     from jupyter_book.sphinx import build_sphinx
     from sphinx.util.console import nocolor
+    from sphinx_external_toc import collectors
 
+    # its search for a collector asks every object there is for its class
+    collectors.gc = SimpleNamespace(get_objects=living_objects)
     doctrees, said = out.parent / "cache" / "doctrees", io.StringIO()
     downloads = sorted(path for kind in ("*.pdf", "*.epub")
                        for path in out.parent.glob(kind))

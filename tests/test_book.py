@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+import weakref
 import zipfile
 from pathlib import Path
 from xml.etree import ElementTree
@@ -81,7 +82,11 @@ def pdf(tiny):
 def site(tiny):
     "The pages of the site, by name."
     html = pytest.importorskip("book.html", reason="the site is not built yet")
+    gone = type("Gone", (), {})()
+    dead = weakref.proxy(gone)  # as any library may leave behind
+    del gone
     html.build_html(tiny / "stage", tiny / "stage" / "_toc.yml", tiny / "html")
+    assert type(dead) in weakref.ProxyTypes
     return {
         page.stem: parse(page.read_bytes())
         for page in (tiny / "html").rglob("*.html")
