@@ -269,10 +269,15 @@ class TransformerLM(nn.Module):
         initialize_weights(self, c.n_layers,
                            None if c.tie_embeddings else 1.0)
 
-    def new_caches(self, batch_size: int = 1) -> list[KVCache]:
+    def new_caches(
+        self,
+        batch_size: int = 1,
+        n_positions: int | None = None,  # room in each; default: the context
+    ) -> list[KVCache]:
         "Empty caches for `batch_size` sequences, one a block."
         c, weight = self.config, self.embedding.weight
-        return [KVCache(batch_size, c.n_kv_heads, c.context_length, c.head_dim,
+        room = c.context_length if n_positions is None else n_positions
+        return [KVCache(batch_size, c.n_kv_heads, room, c.head_dim,
                         weight.dtype, weight.device) for _ in self.blocks]
 
     def forward(
@@ -552,7 +557,7 @@ def to_hf_tensors(
 
 # %% ../nbs/07_model.ipynb #a32e163b
 def _replace_together(folder: Path, files: dict[str, str | bytes]) -> None:
-    "All files or none; the last one stands for the whole."
+    "Never a mixture; without the last file, the folder is refused."
     aside = {name: folder / f".{name}.new" for name in files}
     try:
         for name, content in files.items():
