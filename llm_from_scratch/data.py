@@ -497,7 +497,8 @@ _ENGLISH = {"the", "be", "to", "of", "and", "that", "have", "with"}
 
 def quality_problems(text: str) -> list[str]:  # empty if there are none
     "Why a text is hardly English prose, by the bounds of Gopher."
-    words, n = text.split(), max(len(text.split()), 1)
+    words = text.split()
+    n = max(len(words), 1)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     marks = sum(text.count(mark) for mark in ("#", "...", "\u2026"))
     bullets = sum(line[0] in "-*\u2022" for line in lines)
@@ -690,15 +691,21 @@ class Packed:
                 self.inputs[row, here] = torch.tensor([end, *ids])
                 self.targets[row, here] = torch.tensor([*ids, end])
                 self.numbers[row, here] = i
+        self._epoch = self._order = None  # those that were used last
+
+    def _row(self, number: int) -> int:
+        epoch, place = divmod(number, len(self.inputs))
+        if epoch != self._epoch:
+            rng = np.random.default_rng([self.seed, epoch])
+            self._order = rng.permutation(len(self.inputs)).tolist()
+            self._epoch = epoch
+        return self._order[place]
 
     def batch(
         self,
         step: int,  # from 0
     ) -> tuple[Tensor, Tensor, Tensor]:  # inputs, targets, numbers (B, T)
         "The batch of a step: the same whenever it is asked for."
-        n, first = len(self.inputs), step * self.batch_size
-        epochs, places = np.divmod(first + np.arange(self.batch_size), n)
-        order = {e: np.random.default_rng([self.seed, e]).permutation(n)
-                 for e in set(epochs.tolist())}
-        rows = [int(order[e][i]) for e, i in zip(epochs.tolist(), places)]
+        numbers = range(step * self.batch_size, (step + 1) * self.batch_size)
+        rows = [self._row(n) for n in numbers]
         return self.inputs[rows], self.targets[rows], self.numbers[rows]
