@@ -126,17 +126,21 @@ def fused_attention(
     v: Tensor,  # values of all S positions (B, Hkv, S, Dh)
     dropout: float = 0.0,  # share of the weights that is dropped
     bias: Tensor | None = None,  # added to the scores (H, T, S)
+    mask: Tensor | None = None,  # True where allowed, or added, too
 ) -> Tensor:    # (B, H, T, Dh)
     "Causal attention, normally without holding the (T, S) weights."
     T, S = q.shape[2], k.shape[2]
-    mask = None
+    allowed = None
+    if 1 < T < S or bias is not None or mask is not None:
+        allowed = causal_mask(T, S, q.device)
+    if mask is not None and mask.dtype == torch.bool:
+        allowed = allowed & mask
+    elif mask is not None:
+        bias = mask if bias is None else bias + mask
     if bias is not None:
-        future = ~causal_mask(T, S, q.device)
-        mask = bias.to(q.dtype).masked_fill(future, float("-inf"))
-    elif 1 < T < S:
-        mask = causal_mask(T, S, q.device)
+        allowed = bias.to(q.dtype).masked_fill(~allowed, float("-inf"))
     return F.scaled_dot_product_attention(
-        q, k, v, mask, dropout, is_causal=mask is None and T > 1,
+        q, k, v, allowed, dropout, is_causal=allowed is None and T > 1,
         enable_gqa=q.shape[1] != k.shape[1])
 
 # %% ../nbs/04_attention.ipynb #1cab2611
@@ -174,6 +178,7 @@ class MultiHeadAttention(nn.Module):
         x: Tensor,                     # (B, T, D)
         cache: KVCache | None = None,  # holds the positions before x
         rotate: Callable[[Tensor, int], Tensor] | None = None,
+        mask: Tensor | None = None,    # True where allowed, or a bias
     ) -> Tensor:                       # (B, T, D)
         "Mix into each position what it finds before it."
         q, k, v = split_heads(self.qkv(x), self.n_heads, self.n_kv_heads)
@@ -187,5 +192,5 @@ class MultiHeadAttention(nn.Module):
         if self.score_bias is not None:
             bias = self.score_bias(q.shape[2], k.shape[2])  # (H, T, S)
         dropout = self.dropout if self.training else 0.0
-        mixed = fused_attention(q, k, v, dropout, bias)     # (B, H, T, Dh)
+        mixed = fused_attention(q, k, v, dropout, bias, mask)
         return self.out(mixed.transpose(1, 2).flatten(2))   # (B, T, D)

@@ -171,10 +171,11 @@ class Block(nn.Module):
         x: Tensor,                     # residual stream (B, T, D)
         cache: KVCache | None = None,  # holds the positions before x
         rotate: Callable[[Tensor, int], Tensor] | None = None,
+        mask: Tensor | None = None,    # True where allowed, or a bias
     ) -> Tensor:                       # (B, T, D)
         "Two steps along the stream."
         step = pre_norm_step if self.pre_norm else post_norm_step
-        x = step(x, lambda y: self.attention(y, cache, rotate),
+        x = step(x, lambda y: self.attention(y, cache, rotate, mask),
                  self.attention_norm, self.dropout)
         return step(x, self.feed_forward, self.feed_forward_norm,
                     self.dropout)
