@@ -94,15 +94,15 @@ class RotaryPositions(nn.Module):
         x: Tensor,        # queries or keys (B, H, T, Dh)
         offset: int = 0,  # position of the first one
     ) -> Tensor:          # (B, H, T, Dh)
-        "Turn each row of x by its position; past the tables: ValueError."
+        "Turn each row by its position; ValueError outside the tables."
         T, Dh = x.shape[-2:]
         context_length, head_dim = self.cos.shape
         if Dh != head_dim:
             raise ValueError(f"x has heads of width {Dh}; the tables are "
                              f"for head_dim {head_dim}")
-        if offset + T > context_length:
-            raise ValueError(f"{offset + T} positions, but the tables end "
-                             f"at context_length {context_length}")
+        if offset < 0 or offset + T > context_length:
+            raise ValueError(f"positions {offset} to {offset + T - 1}, but "
+                             f"the tables hold 0 to {context_length - 1}")
         cos, sin = self.cos[offset:offset + T], self.sin[offset:offset + T]
         return apply_rope(x, cos.to(x.dtype), sin.to(x.dtype))
 
@@ -111,6 +111,8 @@ def alibi_slopes(
     n_heads: int,  # H
 ) -> Tensor:       # (H,)
     "One slope for each head (Press et al. 2022)."
+    if n_heads < 1:
+        raise ValueError(f"n_heads is {n_heads}; there must be at least 1")
     power = 2 ** int(math.log2(n_heads))
     exact = 2.0 ** (-8 * torch.arange(1, power + 1) / power)
     between = 2.0 ** (-8 * torch.arange(1, 2 * power, 2) / (2 * power))
@@ -133,7 +135,9 @@ class AlibiBias(nn.Module):
         n_queries: int,  # T, the last positions
         n_keys: int,     # S
     ) -> Tensor:         # (H, T, S)
-        "What is added to the scores."
+        "What is added to the scores; ValueError with more queries than keys."
+        if n_queries > n_keys:
+            raise ValueError(f"{n_queries} queries, but only {n_keys} keys")
         places = torch.arange(n_keys, device=self.slopes.device)
         ahead = places - places[n_keys - n_queries:, None]  # (T, S), s - t
         return self.slopes[:, None, None] * ahead
@@ -170,14 +174,17 @@ def yarn_rates(
     trained: int,        # positions in training
     low: float = 1.0,    # turns within `trained`: up to here, slowed in full
     high: float = 32.0,  # from here on, not at all
+    truncate: bool = True,  # begin and end the ramp at whole pairs
 ) -> Tensor:             # (Dh/2,)
     "The same with a ramp along the pairs (Peng et al. 2024)."
     def pair(turns):  # the index at which a pair makes so many turns
         return math.log(trained / (2 * math.pi * turns)) / step
 
     step = -math.log(rates[1] / rates[0])
-    first = max(math.floor(pair(high)), 0)
-    last = min(math.ceil(pair(low)), 2 * len(rates) - 1)
+    first, last = pair(high), pair(low)
+    if truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, 2 * len(rates) - 1)
     pairs = torch.arange(len(rates), device=rates.device)
     ramp = (pairs - first) / max(last - first, 1e-3)
     return _keep(rates, 1 - ramp.clamp(0, 1), factor)
@@ -197,14 +204,23 @@ def scaled_rates(
     if kind not in ("linear", "llama3", "yarn") or scaling.get("mscale"):
         raise ValueError(f"rope scaling is {scaling}; known types are "
                          "default, linear, llama3, and yarn without mscale")
-    factor = scaling["factor"]
+    needed = ["factor"]
+    if kind != "linear":
+        needed.append("original_max_position_embeddings")
+    if kind == "llama3":
+        needed += ["low_freq_factor", "high_freq_factor"]
+    for key in needed:
+        if key not in scaling:
+            raise ValueError(f"rope_scaling lacks '{key}'")
+    factor, *more = (scaling[key] for key in needed)
+    if factor < 1:
+        raise ValueError(f"rope scaling has factor {factor}; below 1 the "
+                         "model would be shrunk")
     if kind == "linear":
         return rates / factor, 1.0
-    trained = scaling["original_max_position_embeddings"]
     if kind == "llama3":
-        return llama3_rates(rates, factor, trained, scaling["low_freq_factor"],
-                            scaling["high_freq_factor"]), 1.0
-    scale = scaling.get("attention_factor")
-    scale = scale or 0.1 * math.log(max(factor, 1.0)) + 1
-    return yarn_rates(rates, factor, trained, scaling.get("beta_slow") or 1.0,
-                      scaling.get("beta_fast") or 32.0), scale
+        return llama3_rates(rates, factor, *more), 1.0
+    scale = scaling.get("attention_factor") or 0.1 * math.log(factor) + 1
+    return yarn_rates(rates, factor, *more, scaling.get("beta_slow") or 1.0,
+                      scaling.get("beta_fast") or 32.0,
+                      scaling.get("truncate", True)), scale
