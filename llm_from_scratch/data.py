@@ -24,6 +24,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib import resources
 from pathlib import Path
 
@@ -34,6 +35,13 @@ from torch import Tensor
 from .tokenizer import END_OF_TEXT, Tokenizer, write_file
 
 # %% ../nbs/02_data.ipynb #afa43def
+@lru_cache(maxsize=4)  # the epochs that were used last, to save time
+def _shuffle(n: int, seed: int, epoch: int, room: int) -> tuple:
+    "An offset below `room`, and the numbers below `n` in an order by chance."
+    rng = np.random.default_rng([seed, epoch])
+    return rng.integers(room), rng.permutation(n)
+
+
 class Windows:
     "Batches of windows from a line of tokens, by the number of the step."
 
@@ -52,17 +60,12 @@ class Windows:
             raise ValueError(
                 f"{len(tokens)} tokens are too few for a context of "
                 f"{context_length}: at least {2 * context_length} are needed")
-        self._epoch = self._starts = None  # those that were used last
 
     def _window(self, number: int) -> np.ndarray:
         epoch, place = divmod(number, self.n_windows)
-        if epoch != self._epoch:
-            rng = np.random.default_rng([self.seed, epoch])
-            phase = rng.integers(self.context_length)
-            order = rng.permutation(self.n_windows)
-            self._starts = phase + order * self.context_length
-            self._epoch = epoch
-        start = self._starts[place]
+        phase, order = _shuffle(
+            self.n_windows, self.seed, epoch, self.context_length)
+        start = phase + order[place] * self.context_length
         return self.tokens[start:start + self.context_length + 1]
 
     def batch(
@@ -691,15 +694,10 @@ class Packed:
                 self.inputs[row, here] = torch.tensor([end, *ids])
                 self.targets[row, here] = torch.tensor([*ids, end])
                 self.numbers[row, here] = i
-        self._epoch = self._order = None  # those that were used last
 
     def _row(self, number: int) -> int:
         epoch, place = divmod(number, len(self.inputs))
-        if epoch != self._epoch:
-            rng = np.random.default_rng([self.seed, epoch])
-            self._order = rng.permutation(len(self.inputs)).tolist()
-            self._epoch = epoch
-        return self._order[place]
+        return int(_shuffle(len(self.inputs), self.seed, epoch, 1)[1][place])
 
     def batch(
         self,
