@@ -109,6 +109,9 @@ class KVCache:
         v: Tensor,  # values of new positions (B, Hkv, T, Dh)
     ) -> tuple[Tensor, Tensor]:  # all keys, all values (B, Hkv, S, Dh)
         "Store new positions; return everything stored."
+        if k.shape[0] != self.memory.shape[1]:
+            raise ValueError(f"the cache is for {self.memory.shape[1]} rows; "
+                             f"{k.shape[0]} came")
         end = self.length + k.shape[2]
         if end > self.context_length:
             raise ValueError(
@@ -139,6 +142,8 @@ def fused_attention(
         bias = mask if bias is None else bias + mask
     if bias is not None:
         allowed = bias.to(q.dtype).masked_fill(~allowed, float("-inf"))
+    if allowed is not None and allowed.dim() == 3:
+        allowed = allowed[None]  # the fused kernels ask for (B, H, T, S)
     return F.scaled_dot_product_attention(
         q, k, v, allowed, dropout, is_causal=allowed is None and T > 1,
         enable_gqa=q.shape[1] != k.shape[1])

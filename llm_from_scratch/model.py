@@ -22,11 +22,11 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .attention import KVCache
+from .attention import KVCache, causal_mask
 from .block import Block, gated_width, make_norm
 from .data import nearest
 from llm_from_scratch.position import (
-    RotaryPositions, scaled_rates, sinusoidal_positions,
+    AlibiBias, RotaryPositions, scaled_rates, sinusoidal_positions,
 )
 from .tokenizer import END_OF_TEXT, Tokenizer, write_file
 
@@ -50,9 +50,22 @@ def initialize_weights(
             weight.data /= math.sqrt(2 * n_layers)
 
 # %% ../nbs/07_model.ipynb #0467adb0
+class _Fixed(dict):
+    "A dictionary that refuses to be changed."
+
+    def _refuse(self, *args, **kwargs):
+        raise TypeError("a configuration does not change; make another one")
+
+    __setitem__ = __delitem__ = __ior__ = _refuse
+    clear = pop = popitem = setdefault = update = _refuse
+
+    def __reduce__(self):  # how it is copied and pickled
+        return _Fixed, (dict(self),)
+
+
 _SIZES = ("vocab_size", "context_length", "d_model", "n_layers", "n_heads",
           "n_kv_heads", "head_dim", "d_ff")
-_CHOICES = {"position": ("rotary", "learned", "sinusoidal", "none"),
+_CHOICES = {"position": ("rotary", "learned", "sinusoidal", "alibi", "none"),
             "norm": ("rmsnorm", "layernorm"),
             "activation": ("swiglu", "gelu", "relu"),
             "pre_norm": (True, False), "bias": (True, False),
@@ -114,7 +127,7 @@ class ModelConfig:
     n_kv_heads: int | None = None   # Hkv, default n_heads
     head_dim: int | None = None     # Dh, default d_model / n_heads
     d_ff: int | None = None         # F, default 4 d_model; swiglu: 2/3 of it
-    position: str = "rotary"        # "learned", "sinusoidal" or "none"
+    position: str = "rotary"        # learned, sinusoidal, alibi or none
     norm: str = "rmsnorm"           # or "layernorm"
     activation: str = "swiglu"      # "gelu" or "relu"
     pre_norm: bool = True           # False: after the sum, as in 2017
@@ -142,8 +155,9 @@ class ModelConfig:
             if getattr(self, name) is None:  # frozen, but not to itself
                 object.__setattr__(self, name, value)
         _check_shapes(self)
-        if self.rope_scaling is not None:  # a copy: nobody else can change it
-            object.__setattr__(self, "rope_scaling", dict(self.rope_scaling))
+        if self.rope_scaling is not None:
+            fixed = _Fixed(self.rope_scaling)
+            object.__setattr__(self, "rope_scaling", fixed)
 
 # %% ../nbs/07_model.ipynb #8f7072dd
 def _gpt2(d_model: int, n_layers: int, n_heads: int) -> ModelConfig:
@@ -225,25 +239,62 @@ def _block(c: ModelConfig) -> Block:
         for name in ("q_norm", "k_norm"):
             norm = make_norm(c.norm, c.head_dim, c.norm_eps)
             setattr(block.attention, name, norm)
+    if c.position == "alibi":
+        block.attention.score_bias = AlibiBias(c.n_heads)
     return block
 
 
 def _add_positions(
     model: "TransformerLM",
-    x: Tensor,   # embeddings (B, T, D)
-    start: int,  # position of the first one
-) -> Tensor:     # (B, T, D)
+    x: Tensor,            # embeddings (B, T, D)
+    start: int | Tensor,  # position of the first one, or of each (B, T)
+) -> Tensor:              # (B, T, D)
     "Add the learned or sinusoidal vectors of positions start, start + 1..."
-    end, c = start + x.shape[1], model.config
-    if end > c.context_length:
-        raise ValueError(
-            f"{end} positions, but context_length is {c.context_length}")
+    c, places = model.config, start
+    if isinstance(start, int):
+        places = slice(start, start + x.shape[1])
     if c.position == "learned":
-        return x + model.positions.weight[start:end]
+        return x + model.positions.weight[places]
     if c.position == "sinusoidal":
         scale = math.sqrt(c.d_model) if c.tie_embeddings else 1.0
-        return x * scale + model.waves[start:end]
+        return x * scale + model.waves[places]
     return x
+
+# %% ../nbs/07_model.ipynb #b6000f7f
+def _number_texts(
+    padding: Tensor | None,    # ids on the left of each row that are none (B,)
+    documents: Tensor | None,  # or the number of each position's text (B, S)
+    shape: tuple[int, int],    # B, S: rows, positions so far
+    room: int,                 # ids that a row may have
+) -> Tensor:                   # (B, S)
+    "Whose each position is; padding is a text of its own before the text."
+    B, S = shape
+    if padding is not None and documents is not None:
+        raise ValueError("padding and documents are both given; in documents, "
+                         "padding is a number like any other")
+    if documents is not None:
+        if documents.shape != shape:
+            raise ValueError(f"documents have shape {tuple(documents.shape)}, "
+                             f"but there are {B} rows of {S} positions")
+        return documents
+    if padding.shape != (B,):
+        raise ValueError(f"padding has shape {tuple(padding.shape)}, but "
+                         f"there are {B} rows, with one number for each")
+    for n in [] if torch.compiler.is_compiling() else padding.tolist():
+        if not 0 <= n < room:
+            raise ValueError(f"padding is {n}, but a row has {room} ids, of "
+                             "which one must be real")
+    return torch.arange(S, device=padding.device) >= padding[:, None]
+
+
+def _keep_apart(
+    texts: Tensor,  # number of the text at each position so far (B, S)
+    T: int,         # new ones, the last
+) -> tuple[Tensor, Tensor]:  # who may look (B, 1, T, S), positions (B, T)
+    "No text looks into another; positions count from where a text begins."
+    mask = texts[:, -T:, None] == texts[:, None, :]       # (B, T, S)
+    mask = mask & causal_mask(T, texts.shape[1], texts.device)
+    return mask[:, None], mask.sum(-1) - 1
 
 # %% ../nbs/07_model.ipynb #7e285c6c
 class TransformerLM(nn.Module):
@@ -284,13 +335,21 @@ class TransformerLM(nn.Module):
         self,
         ids: Tensor,                          # (B, T)
         caches: list[KVCache] | None = None,  # hold the positions before
+        padding: Tensor | None = None,    # ids to ignore, on the left (B,)
+        documents: Tensor | None = None,  # number at each position (B, S)
     ) -> Tensor:                              # logits (B, T, V)
         "Scores of the token after each position."
-        start = caches[0].length if caches else 0
+        (B, T), start = ids.shape, caches[0].length if caches else 0
+        S, room, mask = start + T, self.config.context_length, None
+        if S > room:
+            raise ValueError(f"{S} positions, but context_length is {room}")
+        if padding is not None or documents is not None:
+            mask, start = _keep_apart(_number_texts(
+                padding, documents, (B, S), room if caches else T), T)
         x = _add_positions(self, self.embedding(ids), start)  # (B, T, D)
         x = self.dropout(x)
         for i, block in enumerate(self.blocks):
-            x = block(x, caches[i] if caches else None, self.rotate)
+            x = block(x, caches[i] if caches else None, self.rotate, mask)
         head = self.embedding if self.head is None else self.head
         return F.linear(self.norm(x), head.weight)           # (B, T, V)
 
@@ -399,7 +458,7 @@ def to_hf_config(
     if kind == "gpt2":
         content |= dict.fromkeys(("embd_pdrop", "attn_pdrop"), config.dropout)
     if config.rope_scaling is not None:
-        content["rope_scaling"] = config.rope_scaling
+        content["rope_scaling"] = dict(config.rope_scaling)
     return content | _FIXED[kind] | {
         "bos_token_id": end, "eos_token_id": end, "dtype": "float32"
     } | (special_ids or {})
@@ -773,8 +832,10 @@ def activation_bytes(
     heads = (2 * q + 2 * k + c.n_heads + (c.position == "rotary") * (q + k)
              + c.qk_norm * (2 * q + k))
     wide = {"swiglu": 4, "gelu": 2, "relu": 1}[c.activation] * c.d_ff
-    n = 4 * batch_size * (c.context_length if context is None else context)
-    return {"norms": n * norms, "attention": n * c.n_layers * heads,
+    T = c.context_length if context is None else context
+    n = 4 * batch_size * T
+    bias = 4 * c.n_heads * T * T * (c.position == "alibi")
+    return {"norms": n * norms, "attention": c.n_layers * (n * heads + bias),
             "feed-forward": n * c.n_layers * wide, "logits": n * c.vocab_size}
 
 # %% ../nbs/07_model.ipynb #be728b07
