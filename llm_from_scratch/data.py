@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['CORPORA', 'CLEANING', 'Windows', 'Document', 'encode_documents', 'write_tokens', 'open_tokens', 'cache_dir',
-           'fetch_wheel', 'Corpus', 'read_folder', 'nearest', 'load_documents', 'data_card', 'clean_text',
-           'repeated_lines', 'drop_lines', 'quality_problems', 'shingles', 'minhash', 'band_probability', 'find_copies',
-           'shared_runs', 'split_documents', 'TokenizedCorpus', 'tokenize_corpus', 'pack', 'document_mask', 'Packed']
+           'fetch_wheel', 'Corpus', 'read_folder', 'nearest', 'stream_dataset', 'load_documents', 'data_card',
+           'clean_text', 'repeated_lines', 'drop_lines', 'quality_problems', 'shingles', 'minhash', 'band_probability',
+           'match_sketches', 'find_copies', 'shared_runs', 'split_documents', 'TokenizedCorpus', 'tokenize_corpus',
+           'pack', 'document_mask', 'Packed']
 
 # %% ../nbs/02_data.ipynb #93dfde5b
 import bisect
@@ -402,12 +403,41 @@ def _read_corpus(corpus: Corpus) -> list[Document]:
     return documents
 
 
+def stream_dataset(
+    source: str,                  # a name on the Hugging Face Hub, or a folder
+    split: str = "train",
+    field: str = "text",          # of a row, the one that holds a document
+    config: str | None = None,    # where a data set has several
+    revision: str | None = None,  # a commit on the Hub, so that no row changes
+) -> Iterator[Document]:          # each is read when it is asked for
+    "The documents of a data set that the library `datasets` can open."
+    if importlib.util.find_spec("datasets") is None:
+        raise ValueError("data sets of the Hub need the library datasets; try:"
+                         " pip install 'llm-from-scratch-book[hub]'")
+    from datasets import load_dataset
+
+    try:
+        rows = load_dataset(source, config, split=split, revision=revision,
+                            streaming=True)
+        for number, row in enumerate(rows):
+            if not isinstance(row.get(field), str):
+                raise ValueError(f"row {number} has no text in {field!r}; its "
+                                 f"fields are {', '.join(row)}")
+            if row[field].strip():
+                yield Document(f"{split}:{number}", row[field])
+    except (OSError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"data set {source!r}: {reason}") from None
+
+
 def load_documents(
-    source: str,  # a name in CORPORA, or a folder
+    source: str,  # a name in CORPORA, a folder, or hf: and a name on the Hub
 ) -> list[Document]:
-    "Read a named corpus, or a folder of .txt, .md and .jsonl files."
+    "Read a named corpus, a folder of text files, or a data set of the Hub."
     if source in CORPORA:
         return _read_corpus(CORPORA[source])
+    if str(source).startswith("hf:"):
+        return list(stream_dataset(source.removeprefix("hf:")))
     if Path(source).is_dir():
         return read_folder(source)
     if Path(source).exists():
@@ -553,6 +583,23 @@ def band_probability(
     return 1 - (1 - similarity ** rows) ** bands
 
 
+def match_sketches(
+    sketches: Iterable[np.ndarray],  # as `minhash` makes them
+    bands: int = 14,
+) -> dict[int, int]:  # number of a sketch -> of an earlier one it meets
+    "Sketches that share a band with one before them."
+    first, copies = {}, {}
+    for i, sketch in enumerate(sketches):
+        keys = [(band, numbers.tobytes()) for band, numbers
+                in enumerate(np.split(np.asarray(sketch), bands))]
+        met = [first[key] for key in keys if key in first]
+        if met:
+            copies[i] = min(met)
+        else:  # only what is kept can be copied
+            first.update(dict.fromkeys(keys, i))
+    return copies
+
+
 def find_copies(
     documents: Iterable[Document],
     bands: int = 14,
@@ -560,17 +607,8 @@ def find_copies(
     n: int = 5,            # words in a shingle
 ) -> dict[int, int]:       # number of a copy -> number of what it copies
     "Near-duplicates of earlier documents, by MinHash with banding."
-    first, copies = {}, {}
-    for i, document in enumerate(documents):
-        sketch = minhash(shingles(document.text, n), bands * rows)
-        keys = [(band, numbers.tobytes())
-                for band, numbers in enumerate(sketch.reshape(bands, rows))]
-        met = [first[key] for key in keys if key in first]
-        if met:
-            copies[i] = min(met)
-        else:  # only what is kept can be copied
-            first.update(dict.fromkeys(keys, i))
-    return copies
+    return match_sketches((minhash(shingles(d.text, n), bands * rows)
+                           for d in documents), bands)
 
 # %% ../nbs/02_data.ipynb #86dc065d
 def shared_runs(

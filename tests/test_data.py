@@ -20,7 +20,10 @@ from llm_from_scratch.data import (
     Windows,
     band_probability,
     clean_text,
+    encode_documents,
     find_copies,
+    load_documents,
+    match_sketches,
     minhash,
     open_tokens,
     pack,
@@ -28,8 +31,10 @@ from llm_from_scratch.data import (
     shared_runs,
     shingles,
     split_documents,
+    stream_dataset,
     write_tokens,
 )
+from llm_from_scratch.tokenizer import END_OF_TEXT, Tokenizer
 
 many = settings(deadline=None, max_examples=150)
 few = settings(deadline=None, max_examples=40)
@@ -383,3 +388,125 @@ def test_shared_runs_are_counted_as_by_hand(train, valid, n):
     assert (
         shared_runs([Document("t", train)], [Document("v", valid)], n) == share
     )
+
+
+# data sets of the Hugging Face Hub, from folders laid out as it lays them out
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    "A data set in Parquet files, one of JSON lines, and one that is damaged."
+    pytest.importorskip("datasets")
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    root = tmp_path_factory.mktemp("hub")
+    for name in ("tales", "lines", "damaged"):
+        (root / name / "data").mkdir(parents=True)
+    for name, texts in {
+        "train-00000-of-00002": ["The king speaks.", " ", "The fool sleeps."],
+        "train-00001-of-00002": ["The queen speaks."],
+        "validation-00000-of-00001": ["Nobody speaks."],
+    }.items():
+        rows = pa.table({"text": texts, "length": [len(t) for t in texts]})
+        parquet.write_table(rows, root / "tales/data" / f"{name}.parquet")
+    for split in ("train", "test"):
+        (root / "lines" / f"{split}.jsonl").write_text(
+            "".join(f'{{"story": "{split} {i}"}}\n' for i in range(3))
+        )
+    first = root / "tales/data/train-00000-of-00002.parquet"
+    (root / "damaged/data/train-00000-of-00002.parquet").write_bytes(
+        first.read_bytes()
+    )
+    (root / "damaged/data/train-00001-of-00002.parquet").write_bytes(b"PAR1")
+    (root / "empty").mkdir()
+    return root
+
+
+def test_a_data_set_is_streamed_from_parquet_and_json(hub):
+    tales = str(hub / "tales")
+    expected = [
+        Document("train:0", "The king speaks."),
+        Document("train:2", "The fool sleeps."),
+        Document("train:3", "The queen speaks."),
+    ]
+    assert list(stream_dataset(tales)) == expected
+    assert load_documents(f"hf:{tales}") == expected
+    held = list(stream_dataset(tales, "validation"))
+    assert held == [Document("validation:0", "Nobody speaks.")]
+    lines = stream_dataset(str(hub / "lines"), "test", field="story")
+    assert [d.text for d in lines] == ["test 0", "test 1", "test 2"]
+
+
+def test_a_stream_reads_no_further_than_it_must(hub):
+    documents = stream_dataset(str(hub / "damaged"))
+    assert next(documents).text == "The king speaks."
+    assert next(documents).text == "The fool sleeps."
+    with pytest.raises(ValueError, match="damaged'"):
+        next(documents)
+
+
+def test_a_stream_goes_to_disk_and_into_windows(hub, tmp_path):
+    documents = list(stream_dataset(str(hub / "tales")))
+    tokenizer = Tokenizer.train([d.text for d in documents], 270)
+    parts = (
+        encode_documents([d], tokenizer)
+        for d in stream_dataset(str(hub / "tales"))
+    )
+    path = tmp_path / "tales.tokens"
+    write_tokens(path, parts, tokenizer.vocab_size, tokenizer)
+    ids = open_tokens(path, tokenizer=tokenizer)
+    text = tokenizer.decode(ids.tolist())
+    assert text == "".join(d.text + END_OF_TEXT for d in documents)
+    assert Windows(ids, 8, 2).batch(0)[0].shape == (2, 8)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "words"),
+    [
+        ("tales", {"split": "test"}, "test.*train.*validation"),
+        ("tales", {"field": "story"}, "row 0.*'story'.*text, length"),
+        ("tales", {"field": "length"}, "row 0.*'length'"),
+        ("tales", {"config": "other"}, "other"),
+        ("empty", {}, "any data files"),
+        ("gone", {}, "gone"),
+    ],
+)
+def test_what_is_not_there_is_refused_in_one_line(hub, name, options, words):
+    with pytest.raises(ValueError, match=words) as refusal:
+        list(stream_dataset(str(hub / name), **options))
+    assert name in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+def test_without_a_network_a_name_is_refused_at_once(hub):
+    script = """
+    from llm_from_scratch.data import load_documents
+    try:
+        load_documents("hf:somebody/something")
+    except ValueError as error:
+        print(error)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)],
+        text=True,
+        capture_output=True,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        check=True,
+    )
+    assert done.stdout.count("\n") == 1
+    assert "somebody/something" in done.stdout and "Hub" in done.stdout
+
+
+def test_sketches_made_by_workers_find_the_same_copies(hub):
+    from datasets import Dataset
+
+    rng = np.random.default_rng(0)
+    texts = [" ".join(rng.choice(list("abcdefgh"), 40)) for _ in range(30)]
+    texts += [text.upper() for text in texts[:5]] + [texts[7] + " a"]
+    rows = Dataset.from_dict({"text": texts})
+    rows = rows.map(
+        lambda row: {"sketch": minhash(shingles(row["text"]))}, num_proc=2
+    )
+    copies = match_sketches(rows["sketch"])
+    assert copies == find_copies(Document("", text) for text in texts)
+    assert copies == {30: 0, 31: 1, 32: 2, 33: 3, 34: 4, 35: 7}
