@@ -1,10 +1,12 @@
 """What must hold for every shape of the model, whatever its parts."""
 
 import dataclasses
-import itertools
+import pickle
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from llm_from_scratch.generation import Reader
 from llm_from_scratch.model import (
@@ -18,93 +20,19 @@ from llm_from_scratch.model import (
     what_fits,
 )
 
-POSITIONS = ("rotary", "learned", "sinusoidal", "none")
-BLOCKS = (  # norm, activation, pre_norm, bias, tied
-    ("rmsnorm", "swiglu", True, False, False),
-    ("layernorm", "gelu", True, True, True),
-    ("layernorm", "relu", False, True, True),
-)
-SHAPES = list(itertools.product(POSITIONS, BLOCKS, (4, 2, 1)))
+POSITIONS = ("rotary", "learned", "sinusoidal", "alibi", "none")
+T = 12  # positions of the texts that are read
 
 
-def make(position, block, n_kv_heads):
-    norm, activation, pre_norm, bias, tied = block
+def make(**changes):
     torch.manual_seed(0)
-    return TransformerLM(ModelConfig(
-        vocab_size=37, context_length=16, d_model=32, n_layers=2, n_heads=4,
-        n_kv_heads=n_kv_heads, position=position, norm=norm,
-        activation=activation, pre_norm=pre_norm, bias=bias,
-        tie_embeddings=tied)).eval()
-
-
-@pytest.fixture(params=SHAPES, ids=lambda s: f"{s[0]}-{s[1][1]}-{s[2]}kv")
-def model(request):
-    return make(*request.param)
-
-
-@pytest.fixture
-def ids():
-    generator = torch.Generator().manual_seed(1)
-    return torch.randint(37, (3, 12), generator=generator)
-
-
-@torch.no_grad()
-def test_future_does_not_leak(model, ids):
-    other = ids.clone()
-    other[:, 7:] = (ids[:, 7:] + 1) % 37
-    a, b = model(ids), model(other)
-    torch.testing.assert_close(a[:, :7], b[:, :7], rtol=0, atol=1e-5)
-    assert (a[:, 7:] - b[:, 7:]).abs().max() > 1e-3
-
-
-@torch.no_grad()
-def test_cache_changes_nothing(model, ids):
-    whole, caches, at = model(ids), model.new_caches(3), 0
-    for size in (5, 1, 1, 4, 1):  # a prompt, single tokens, a burst
-        part = model(ids[:, at:at + size], caches)
-        torch.testing.assert_close(
-            part, whole[:, at:at + size], rtol=0, atol=1e-5)
-        at += size
-
-
-@torch.no_grad()
-def test_batching_changes_nothing(model, ids):
-    together = model(ids)
-    for i in range(3):
-        alone = model(ids[i:i + 1])[0]
-        torch.testing.assert_close(together[i], alone, rtol=0, atol=1e-5)
-
-
-@torch.no_grad()
-def test_bfloat16_stays_near(model, ids):
-    exact = model(ids).log_softmax(-1)
-    short = model.bfloat16()(ids)
-    assert short.dtype == torch.bfloat16
-    assert (short.float().log_softmax(-1) - exact).abs().max() < 0.3
-
-
-@pytest.mark.parametrize("shape", SHAPES[::4], ids=str)
-def test_meta_compile_and_export(shape, ids):
-    model = make(*shape)
-    expected = model(ids)
-    torch.compiler.reset()
-    # every graph break is an error; the backend only repeats the graph
-    compiled = torch.compile(model, backend="eager", fullgraph=True)
-    torch.testing.assert_close(compiled(ids), expected)
-    exported = torch.export.export(model, (ids,)).module()
-    torch.testing.assert_close(exported(ids), expected)
-    with torch.device("meta"):
-        ghost = TransformerLM(model.config)
-        assert ghost(torch.zeros(3, 12, dtype=torch.long)).shape == (3, 12, 37)
-
-
-@pytest.mark.parametrize("position", POSITIONS)
-def test_reader_past_the_context(position):
-    model = make(position, BLOCKS[0], 2)
-    cached, plain = Reader(model), Reader(model, use_cache=False)
-    for i in range(50):
-        a, b = cached.read([i % 37]), plain.read([i % 37])
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+    shape = dict(
+        vocab_size=37, context_length=16, d_model=32, n_layers=2, n_heads=4
+    )
+    model = TransformerLM(ModelConfig(**shape | changes)).eval()
+    for weight in model.parameters():  # norms and biases must matter
+        weight.data += 0.05 * torch.randn_like(weight)
+    return model.requires_grad_(False)
 
 
 SLOWED = {
@@ -116,39 +44,212 @@ SLOWED = {
 }
 
 
-@pytest.mark.parametrize(
-    "more",
-    [dict(qk_norm=True, head_dim=12), dict(rope_scaling=SLOWED)],
-    ids=["qwen3", "llama3"],
-)
-@torch.no_grad()
-def test_norms_of_heads_and_slowed_rotations(more, ids):
-    torch.manual_seed(0)
-    shape = dict(
-        vocab_size=37, context_length=16, d_model=32, n_layers=2, n_heads=4
+@st.composite
+def shapes(draw):
+    "Any fields that a `ModelConfig` takes, in any combination."
+    position = draw(st.sampled_from(POSITIONS))
+    scalings = [None]
+    if position == "rotary":
+        scalings += [SLOWED, {"rope_type": "linear", "factor": 2.0}]
+    n_heads = draw(st.sampled_from((1, 3, 4)))
+    groups = [n for n in (1, 2, 3, 4) if n_heads % n == 0]
+    return dict(
+        position=position,
+        rope_scaling=draw(st.sampled_from(scalings)),
+        n_heads=n_heads,
+        n_kv_heads=draw(st.sampled_from(groups)),
+        head_dim=draw(st.sampled_from((2, 8, 12))),
+        n_layers=draw(st.integers(1, 3)),
+        norm=draw(st.sampled_from(("rmsnorm", "layernorm"))),
+        activation=draw(st.sampled_from(("swiglu", "gelu", "relu"))),
+        pre_norm=draw(st.booleans()),
+        bias=draw(st.booleans()),
+        qk_norm=draw(st.booleans()),
+        tie_embeddings=draw(st.booleans()),
+        dropout=draw(st.sampled_from((0.0, 0.1))),
     )
-    model = TransformerLM(ModelConfig(**shape, n_kv_heads=2, **more)).eval()
-    plain = TransformerLM(ModelConfig(**shape, n_kv_heads=2, head_dim=12))
-    whole, other = model(ids), ids.clone()
-    if "qk_norm" in more:  # the norms must do something
-        assert plain.load_state_dict(model.state_dict(), strict=False)
-        assert (plain.eval()(ids) - whole).abs().max() > 1e-3
-    other[:, 7:] = (ids[:, 7:] + 1) % 37
-    torch.testing.assert_close(model(other)[:, :7], whole[:, :7])
-    caches, at = model.new_caches(3), 0
-    for size in (5, 1, 6):
-        part = model(ids[:, at : at + size], caches)
-        torch.testing.assert_close(
-            part, whole[:, at : at + size], rtol=0, atol=1e-5
-        )
-        at += size
-    exported = torch.export.export(model, (ids,)).module()
-    torch.testing.assert_close(exported(ids), whole)
+
+
+@st.composite
+def batches(draw):
+    "Three rows of ids."
+    seed = draw(st.integers(0, 10**6))
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(37, (3, T), generator=generator)
+
+
+def cuts_of(places):
+    "Sizes of the pieces when a text is cut at these places."
+    ends = sorted({0, T, *places})
+    return [b - a for a, b in zip(ends, ends[1:])]
+
+
+cuts = st.sets(st.integers(1, T - 1), max_size=5).map(cuts_of)
+any_model = settings(max_examples=60, deadline=None, derandomize=True)
+
+
+def in_pieces(model, ids, sizes, **told):
+    caches = model.new_caches(len(ids))
+    return torch.cat(
+        [model(piece, caches, **told) for piece in ids.split(sizes, 1)], 1
+    )
+
+
+def close(a, b):
+    torch.testing.assert_close(a, b, rtol=0, atol=5e-5)
+
+
+@any_model
+@given(shapes(), batches(), st.integers(1, T - 1), cuts)
+def test_future_does_not_leak(shape, ids, place, sizes):
+    model, other = make(**shape), ids.clone()
+    other[:, place:] = (ids[:, place:] + 1) % 37
+    for read in (model, lambda ids: in_pieces(model, ids, sizes)):
+        a, b = read(ids), read(other)
+        assert torch.equal(a[:, :place], b[:, :place])
+        assert (a[:, place] - b[:, place]).abs().max() > 1e-4
+
+
+@any_model
+@given(shapes(), batches(), cuts)
+def test_cache_changes_nothing(shape, ids, sizes):
+    model = make(**shape)
+    close(in_pieces(model, ids, sizes), model(ids))
+
+
+@any_model
+@given(
+    shapes(),
+    batches(),
+    st.lists(st.integers(0, T - 1), min_size=3, max_size=3),
+    cuts,
+)
+def test_batching_changes_nothing(shape, ids, padding, sizes):
+    model, told = make(**shape), torch.tensor(padding)
+    whole = model(ids, padding=told)
+    assert whole.isfinite().all()
+    for row, text, n in zip(whole, ids, padding):
+        close(row[n:], model(text[None, n:])[0])
+    pieces = in_pieces(model, ids, sizes, padding=told)
+    for row, piece, n in zip(whole, pieces, padding):
+        close(piece[n:], row[n:])
+    other = ids.clone()
+    for row, n in zip(other, padding):  # what fills does not matter
+        row[:n] = (row[:n] + 1) % 37
+    for a, b, n in zip(whole, model(other, padding=told), padding):
+        assert torch.equal(a[n:], b[n:])
+
+
+@any_model
+@given(shapes(), batches(), cuts)
+def test_packing_changes_nothing(shape, ids, sizes):
+    model = make(**shape)
+    numbers = torch.repeat_interleave(
+        torch.arange(len(sizes)), torch.tensor(sizes)
+    )
+    packed = model(ids, documents=numbers.expand(3, T))
+    for together, alone in zip(packed.split(sizes, 1), ids.split(sizes, 1)):
+        close(together, model(alone))
+
+
+@any_model
+@given(shapes(), batches())
+def test_bfloat16_stays_near(shape, ids):
+    exact = make(**shape)(ids)
+    short = make(**shape).bfloat16()(ids)
+    assert short.dtype == torch.bfloat16
+    assert (short.float() - exact).abs().mean() < 0.1 * exact.std()
+
+
+WHOLE = [dict(position=position) for position in POSITIONS] + [
+    dict(norm="layernorm", activation="gelu", bias=True, position="learned"),
+    dict(activation="relu", pre_norm=False, dropout=0.1),
+    dict(n_kv_heads=2, qk_norm=True, head_dim=12, tie_embeddings=False),
+    dict(n_kv_heads=1, rope_scaling=SLOWED),
+]
+
+
+@pytest.mark.parametrize("shape", WHOLE, ids=str)
+def test_meta_compile_and_export(shape):
+    model, ids = make(**shape), torch.arange(36).view(3, T)
+    for told in ({}, {"padding": torch.tensor([0, 3, 7])}):
+        expected = model(ids, **told)
+        torch.compiler.reset()
+        # every graph break is an error; the backend only repeats the graph
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(ids, **told), expected)
+        exported = torch.export.export(model, (ids,), told).module()
+        torch.testing.assert_close(exported(ids, **told), expected)
+    with torch.device("meta"):
+        ghost = TransformerLM(model.config)
+        assert ghost(torch.zeros(3, T, dtype=torch.long)).shape == (3, T, 37)
+
+
+@pytest.mark.parametrize(
+    "fields, said",
+    [
+        (dict(n_heads=10), "d_model 256 is not a multiple of n_heads 10"),
+        (dict(n_kv_heads=3), "n_heads 8 is not a multiple of n_kv_heads 3"),
+        (dict(d_model=36, n_heads=4), "head_dim 9 is odd"),
+        (
+            dict(d_model=33, n_heads=3, position="sinusoidal"),
+            "d_model 33 is odd",
+        ),
+        (dict(n_layers=0), "n_layers is 0; it must be a whole number from 1"),
+        (dict(context_length=-5), "context_length is -5; it must be"),
+        (dict(dropout=1.0), "dropout is 1.0; it must be a number from 0 to"),
+        (dict(dropout=float("nan")), "dropout is nan; it must be a number"),
+        (dict(rope_theta=0.5), "rope_theta is 0.5; it must be a number from"),
+        (dict(position="rotery"), "position is 'rotery'; choose rotary, lear"),
+    ],
+)
+def test_impossible_configurations_are_refused(fields, said):
+    with pytest.raises(ValueError) as refused:
+        ModelConfig(**fields)
+    message = str(refused.value)
+    assert "\n" not in message
+    assert said in message
+
+
+def test_impossible_batches_are_refused():
+    model, ids = make(), torch.zeros(3, T, dtype=torch.long)
+    for padding, said in [
+        ([1, 2], ["(2,)", "3 rows"]),
+        ([0, 0, T], [str(T), f"{T} ids"]),
+        ([0, -1, 0], ["-1"]),
+    ]:
+        with pytest.raises(ValueError) as refused:
+            model(ids, padding=torch.tensor(padding))
+        assert all(part in str(refused.value) for part in said)
+    with pytest.raises(ValueError, match="17 positions.*16"):
+        model(torch.zeros(1, 17, dtype=torch.long))
+    with pytest.raises(ValueError, match="2 rows; 3"):
+        model(ids, model.new_caches(2))
+    with pytest.raises(ValueError, match=r"\(3, 5\).*3 rows of 12"):
+        model(ids, documents=ids[:, :5])
+
+
+def test_a_configuration_cannot_be_changed():
+    config = PRESETS["llama-3.2-1b"]
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.d_model = 1
+    with pytest.raises(TypeError, match="does not change"):
+        config.rope_scaling["factor"] = 1.0
+    assert pickle.loads(pickle.dumps(config)) == config
+
+
+@pytest.mark.parametrize("position", POSITIONS)
+def test_reader_past_the_context(position):
+    model = make(position=position, n_kv_heads=2)
+    cached, plain = Reader(model), Reader(model, use_cache=False)
+    for i in range(50):
+        a, b = cached.read([i % 37]), plain.read([i % 37])
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("eos", [0, None, [3, 7]], ids=str)
 def test_ids_that_end_a_text_survive(eos, tmp_path):
-    model = make("rotary", BLOCKS[0], 2)
+    model = make(n_kv_heads=2)
     ends = {"bos_token_id": 1, "eos_token_id": eos}
     save_model(model, tmp_path / "a", ends)
     save_model(load_model(tmp_path / "a"), tmp_path / "b")
