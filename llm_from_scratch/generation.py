@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['keep_top_k', 'keep_top_p', 'keep_min_p', 'keep_typical', 'penalise_repetition', 'penalise_counts',
-           'forbid_repeated_runs', 'next_token_probabilities', 'check_sampling', 'Reader', 'generate', 'stream_text',
-           'complete', 'matching', 'one_of']
+           'forbid_repeated_runs', 'next_token_probabilities', 'check_sampling', 'Reader', 'generate', 'BatchReader',
+           'generate_batch', 'beam_search', 'stream_text', 'complete', 'matching', 'one_of']
 
 # %% ../nbs/09_generation.ipynb #a684d0a2
 import codecs
@@ -269,19 +269,151 @@ def _random(seed):
     return generator
 
 
+def _draw(logits, ids, n_prompt, settings, generator, allowed=None):
+    chances = next_token_probabilities(
+        logits, torch.tensor(ids), n_prompt=n_prompt, allowed=allowed,
+        **settings)
+    return torch.multinomial(chances, 1, generator=generator).item()
+
+
 def _write(reader, ids, max_new_tokens, settings, generator, stop_ids, allow):
     new, n_prompt = ids[-reader.model.config.context_length:], len(ids)
     for _ in range(max_new_tokens):
         allowed = allow(ids[n_prompt:]) if allow else None
-        chances = next_token_probabilities(
-            reader.read(new), torch.tensor(ids), n_prompt=n_prompt,
-            allowed=allowed, **settings)
-        token = torch.multinomial(chances, 1, generator=generator).item()
+        token = _draw(reader.read(new), ids, n_prompt, settings, generator,
+                      allowed)
         if token in stop_ids:
             return
         yield token
         ids.append(token)
         new = [token]
+
+# %% ../nbs/09_generation.ipynb #62ab284d
+class BatchReader(Reader):
+    "A `Reader` of many texts at once, each with a window of its own."
+
+    def __init__(self, model: TransformerLM):
+        super().__init__(model)
+        self.padding = torch.tensor([])  # ids on the left that are none
+
+    @torch.inference_mode()
+    def read(
+        self,
+        new: list[list[int]],  # for each text, the ids that follow
+    ) -> Tensor:               # logits (B, V) of the next token of each
+        "Take in new ids; full caches are made anew, full texts forget half."
+        context = self.model.config.context_length
+        device = self.model.embedding.weight.device
+        self.window = [old + more for old, more in
+                       zip(self.window or [[]] * len(new), new, strict=True)]
+        if self.caches and self.caches[0].length == context:
+            self.caches = None
+        if self.caches is None:
+            self.window = [ids[-max(1, context // 2):]
+                           if len(ids) > context else ids
+                           for ids in self.window]
+            width = max(map(len, self.window))
+            self.caches = self.model.new_caches(len(self.window))
+            self.padding = torch.tensor(
+                [width - len(ids) for ids in self.window], device=device)
+            new = [[0] * (width - len(ids)) + ids for ids in self.window]
+        logits = self.model(
+            torch.tensor(new, device=device), self.caches,
+            self.padding if self.padding.any() else None)
+        return logits[:, -1].float().cpu()
+
+    def keep(
+        self,
+        rows: list[int],  # texts that go on; one may come twice
+    ) -> None:
+        "Go on with these texts only, in this order."
+        self.window = [self.window[i] for i in rows]
+        self.padding = self.padding[rows]
+        for cache in self.caches:
+            cache.memory = cache.memory[:, rows]
+
+
+def generate_batch(
+    model: TransformerLM,
+    prompts: Iterable[Iterable[int]],
+    max_new_tokens: int = 200,
+    seeds: Iterable[int] | None = None,  # one for each prompt
+    stop_ids: Iterable[int] = (),
+    **settings,            # of `next_token_probabilities`
+) -> list[list[int]]:      # the new ids of each prompt
+    "Continue many prompts; each gets the text it would get alone."
+    texts = [list(ids) for ids in prompts]
+    sizes, stop_ids = [len(ids) for ids in texts], set(stop_ids)
+    for ids in texts:
+        _check_prompt(model, ids, max_new_tokens, settings)
+    randoms = [_random(seed) for seed in seeds or [None] * len(texts)]
+    if len(randoms) != len(texts):
+        raise ValueError(f"{len(randoms)} seeds for {len(texts)} prompts")
+    reader, live = BatchReader(model), list(range(len(texts)))
+    new = [ids[-model.config.context_length:] for ids in texts]
+    for _ in range(max_new_tokens):
+        if not live:
+            break
+        going = []
+        for row, logits in enumerate(reader.read(new)):
+            i = live[row]
+            token = _draw(logits, texts[i], sizes[i], settings, randoms[i])
+            if token not in stop_ids:
+                texts[i].append(token)
+                going.append(row)
+        if len(going) < len(live):
+            reader.keep(going)
+        live = [live[row] for row in going]
+        new = [texts[i][-1:] for i in live]
+    return [ids[n:] for ids, n in zip(texts, sizes)]
+
+# %% ../nbs/09_generation.ipynb #981a5b6a
+def beam_search(
+    model: TransformerLM,
+    ids: Iterable[int],           # the prompt
+    max_new_tokens: int = 50,
+    n_beams: int = 4,
+    length_penalty: float = 1.0,  # 0: none; above 1 favours the long
+    early_stopping: bool | str = False,  # True, or "never"
+    stop_ids: Iterable[int] = (),
+) -> list[tuple[float, list[int]]]:  # scores, new ids; the best first
+    "Search for likely texts, `n_beams` at a time."
+    ids, stop_ids, V = list(ids), set(stop_ids), model.config.vocab_size
+    _check_prompt(model, ids, max_new_tokens, {})
+    n_best = max(2, 1 + len(stop_ids)) * n_beams  # so that enough go on
+    if not 1 <= n_beams <= n_best <= V:
+        raise ValueError(f"n_beams is {n_beams}; it must be 1 or more, and "
+                         f"{n_best} candidates must fit in {V} tokens")
+    reader, finished, beams = BatchReader(model), [], [[]] * n_beams
+    scores = torch.tensor([0.0] + [float("-inf")] * (n_beams - 1))
+    new = [ids[-model.config.context_length:]] * n_beams
+    for length in range(1, max_new_tokens + 1):
+        logp = reader.read(new).log_softmax(-1) + scores[:, None]  # (n, V)
+        best, places = logp.flatten().topk(n_best)
+        going = []                   # score, beam it extends, its text
+        for rank, at in enumerate(places.tolist()):
+            text, score = beams[at // V] + [at % V], best[rank].item()
+            if at % V not in stop_ids and length < max_new_tokens:
+                going.append((score, at // V, text))
+            elif rank < n_beams:
+                finished.append((score / length**length_penalty, text))
+        finished = sorted(finished, key=lambda f: -f[0])[:n_beams]
+        if length == max_new_tokens:
+            break
+        going = going[:n_beams]
+        reach = length
+        if early_stopping == "never" and length_penalty > 0:
+            reach = max_new_tokens
+        if len(finished) == n_beams and (
+                early_stopping is True or going[0][0] / reach**length_penalty
+                <= finished[-1][0]):
+            break
+        scores = torch.tensor([score for score, _, _ in going])
+        reader.keep([row for _, row, _ in going])
+        beams = [text for _, _, text in going]
+        new = [text[-1:] for text in beams]
+    return [(score, text[:-1] if text[-1] in stop_ids else text)
+            for score, text in finished]
 
 # %% ../nbs/09_generation.ipynb #cfb83244
 def stream_text(

@@ -1,0 +1,179 @@
+"""What must hold of writing, for every shape of the model."""
+
+import itertools
+
+import pytest
+import torch
+
+from llm_from_scratch.generation import (
+    Reader,
+    beam_search,
+    check_sampling,
+    generate,
+    generate_batch,
+    next_token_probabilities,
+    stream_text,
+)
+from llm_from_scratch.model import ModelConfig, TransformerLM, save_model
+
+POSITIONS = ("rotary", "learned", "sinusoidal", "alibi", "none")
+SHAPES = list(itertools.product(POSITIONS, (4, 2, 1)))
+V, CONTEXT = 29, 24
+
+
+def make(position, n_kv_heads=4, seed=0, scale=3.0, **more):
+    torch.manual_seed(seed)
+    model = TransformerLM(ModelConfig(
+        vocab_size=V, context_length=CONTEXT, d_model=32, n_layers=2,
+        n_heads=4, n_kv_heads=n_kv_heads, position=position,
+        tie_embeddings=False, **more)).eval()
+    with torch.no_grad():
+        model.head.weight *= scale  # tokens differ in their chances
+    return model
+
+
+@pytest.fixture(params=SHAPES, ids=lambda s: f"{s[0]}-{s[1]}kv")
+def model(request):
+    return make(*request.param)
+
+
+def test_cache_changes_no_token(model):
+    for settings in ({"temperature": 0}, {"seed": 1}):
+        n = 3 * CONTEXT
+        cached = list(generate(model, [1, 2], n, **settings))
+        assert cached == list(
+            generate(model, [1, 2], n, use_cache=False, **settings))
+
+
+def test_batch_changes_no_token(model):
+    prompts = [[1], [2, 3, 4, 5, 6], list(range(V))[:CONTEXT], [7, 8]]
+    n = 2 * CONTEXT + 5
+    alone = [list(generate(model, p, n, seed=s, stop_ids=[0]))
+             for s, p in enumerate(prompts)]
+    for rows in ([0, 1, 2, 3], [3, 0], [2, 1], [1, 1]):
+        assert generate_batch(
+            model, [prompts[i] for i in rows], n, rows, [0]
+        ) == [alone[i] for i in rows]
+
+
+def test_batch_of_none_is_empty():
+    assert generate_batch(make("rotary"), []) == []
+
+
+@pytest.mark.parametrize("early", [False, True, "never"])
+@pytest.mark.parametrize("penalty", [-1.0, 0.0, 0.5, 1.0, 2.0])
+def test_beams_are_those_of_transformers(tmp_path, early, penalty):
+    from transformers import AutoModelForCausalLM
+
+    model = make("rotary", scale=6.0)
+    twin = AutoModelForCausalLM.from_pretrained(save_model(model, tmp_path))
+    for ids, ends, n_beams in itertools.product(
+            ([1], [5, 6, 7]), ([0], [0, 3, 9]), (2, 5)):
+        out = twin.generate(
+            torch.tensor([ids]), num_beams=n_beams, max_new_tokens=15,
+            length_penalty=penalty, early_stopping=early, do_sample=False,
+            num_return_sequences=n_beams, eos_token_id=ends, pad_token_id=0,
+            return_dict_in_generate=True, output_scores=True)
+        ours = beam_search(model, ids, 15, n_beams, penalty, early, ends)
+        assert len(ours) == n_beams
+        for (score, text), row, expected in zip(
+                ours, out.sequences[:, len(ids):].tolist(),
+                out.sequences_scores.tolist(), strict=True):
+            stops = [i for i, token in enumerate(row) if token in ends]
+            assert text == (row[:stops[0]] if stops else row)
+            assert abs(score - expected) < 1e-4
+
+
+def test_enough_beams_find_the_best_text():
+    model = make("rotary")
+    with torch.no_grad():
+        pairs = torch.cartesian_prod(torch.arange(V), torch.arange(V))
+        ids = torch.cat([torch.ones(V * V, 1, dtype=torch.long), pairs], 1)
+        logp = model(ids).log_softmax(-1)[:, :2]
+        total = logp.gather(2, pairs[:, :, None]).sum((1, 2))
+    assert beam_search(model, [1], 2, V // 2)[0][1] == pairs[
+        total.argmax()].tolist()
+
+
+def test_counts_leave_the_prompt_alone():
+    logits, seen = torch.zeros(V), torch.tensor([1, 1, 2, 3, 3])
+    p = next_token_probabilities(
+        logits, seen, presence_penalty=1.0, frequency_penalty=0.5, n_prompt=2)
+    assert p[1] == p[0] > p[2] > p[3]
+    torch.testing.assert_close((p[0] / p[3]).log(), torch.tensor(2.0))
+
+
+def test_all_settings_together_still_give_a_distribution():
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(50):
+        logits = 5 * torch.randn(V, generator=generator)
+        seen = torch.randint(V, (20,), generator=generator)
+        p = next_token_probabilities(
+            logits, seen, 0.7, 20, 0.9, 1.3, min_p=0.05, typical_p=0.8,
+            presence_penalty=0.3, frequency_penalty=0.1, no_repeat_ngram=2,
+            n_prompt=5, allowed=range(0, V, 2))
+        assert abs(p.sum() - 1) < 1e-5 and p[1::2].sum() == 0
+
+
+def test_nothing_left_is_said():
+    with pytest.raises(ValueError, match="no token is left"):
+        next_token_probabilities(torch.zeros(V), torch.tensor([1]),
+                                 allowed=[])
+
+
+@pytest.mark.parametrize("settings", [
+    {"temperature": -1}, {"temperature": float("nan")}, {"top_k": 0},
+    {"top_k": V + 1}, {"top_p": 0}, {"top_p": 1.1}, {"min_p": -0.1},
+    {"typical_p": 0}, {"repetition_penalty": 0}, {"no_repeat_ngram": 0},
+    {"presence_penalty": float("inf")}, {"max_new_tokens": 0}])
+def test_impossible_settings_are_named_in_one_line(settings):
+    name = next(iter(settings))
+    with pytest.raises(ValueError, match=f"^{name} is [^\n]*$"):
+        check_sampling(**{"vocab_size": V, "max_new_tokens": 5, **settings})
+
+
+@pytest.mark.parametrize("ids", [[], [V], [-1]])
+def test_impossible_prompts_are_refused_at_once(ids):
+    model = make("rotary")
+    for write in (generate, beam_search, lambda m, i: generate_batch(m, [i])):
+        with pytest.raises(ValueError, match="prompt"):
+            write(model, ids)
+
+
+class Letters:
+    "A tokenizer whose ids are bytes."
+
+    def decode_bytes(self, ids):
+        return bytes(ids)
+
+
+def test_stop_strings_against_the_definition():
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(300):
+        draws = torch.randint(2, (12 + 3 * 3,), generator=generator).tolist()
+        text = "".join("ab"[i] for i in draws[:12])
+        stop = ["".join("ab"[i] for i in draws[12 + 3 * j:][:j + 1])
+                for j in range(3)]
+        ends = [(text.find(s) + len(s), text.find(s))
+                for s in stop if s in text]
+        expected = text[:min(ends)[1]] if ends else text
+        pieces = list(stream_text(Letters(), text.encode(), stop))
+        assert "".join(pieces) == expected and all(pieces)
+
+
+def test_no_half_character_is_ever_printed():
+    text = "naïve 東京 🙂!"
+    pieces = list(stream_text(Letters(), text.encode(), ["xyz"]))
+    assert pieces == list(text)
+
+
+def test_a_stop_string_may_be_one_string():
+    assert "".join(stream_text(Letters(), b"one two", " t")) == "one"
+    with pytest.raises(ValueError, match="empty"):
+        stream_text(Letters(), b"one", "")
+
+
+def test_reader_needs_evaluation_mode():
+    model = make("rotary", dropout=0.1).train()
+    with pytest.raises(ValueError, match="eval"):
+        Reader(model)
