@@ -46,6 +46,8 @@ class FeedForward(nn.Module):
         if activation not in ("relu", "gelu", "swiglu"):
             raise ValueError(f"activation is {activation!r}; "
                              "choose relu, gelu or swiglu")
+        if d_ff < 1:
+            raise ValueError(f"d_ff is {d_ff}; there must be at least 1")
         self.activation = activation
         wide = 2 * d_ff if activation == "swiglu" else d_ff
         self.up = nn.Linear(d_model, wide, bias=bias)
