@@ -450,8 +450,11 @@ def load_documents(
 def data_card(
     documents: list[Document],
     licence: str = "unknown",
+    tokenizers: dict[str, Tokenizer] | None = None,  # that count its tokens
 ) -> list[tuple[str, str]]:  # rows of name and value
     "What is in a corpus, counted."
+    tokens = {name: sum(len(tokenizer.encode(d.text)) for d in documents)
+              for name, tokenizer in (tokenizers or {}).items()}
     sizes = [len(d.text) for d in documents]
     text = "".join(d.text for d in documents)
     words = text.split()
@@ -465,6 +468,7 @@ def data_card(
             ("shortest document", f"{min(sizes):,} characters"),
             ("longest document", f"{max(sizes):,} characters"),
             ("licence", licence),
+            *((f"{name} tokens", f"{n:,}") for name, n in tokens.items()),
             ("SHA-256 begins", _digest(documents)[:12]),
             ("from the middle", f"... {sample} ...")]
 
