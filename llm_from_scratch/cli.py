@@ -58,6 +58,7 @@ from llm_from_scratch.training import (
     RECIPES,
     Interrupted,
     TrainConfig,
+    fit_batch,
     list_checkpoints,
     train,
 )
@@ -212,6 +213,25 @@ def _new_run(
             "train": dataclasses.asdict(plan)}
 
 
+def _free_memory() -> int:
+    "Bytes that a program can have now, by the word of the system."
+    try:
+        said = Path("/proc/meminfo").read_text()
+        return int(re.search(r"MemAvailable:\s+(\d+) kB", said)[1]) * 1024
+    except (OSError, TypeError):
+        raise ValueError("this system does not say how much memory is free: "
+                         "add --memory, as 8GB") from None
+
+
+def _fit_run(run: dict, memory: int) -> None:
+    "Cut the batch of a step into parts; a tenth of the memory stays free."
+    shape = ModelConfig(**run["model"])
+    plan = fit_batch(shape, TrainConfig(**run["train"]), memory * 9 // 10)
+    run["train"] = dataclasses.asdict(plan)
+    print(f"{plan.batch_size} windows at once, {plan.accumulation_steps} "
+          f"times a step: {memory / 1e6:,.0f} MB are free")
+
+
 def _prepare_run(out: Path, run: dict) -> None:
     "Encode the data and write the folder; `run.json` comes last."
     if (out / "run.json").exists():
@@ -271,6 +291,12 @@ def train_command(
         help="Of weights, split, batches and dropout.")] = None,
     config: Annotated[Path | None, typer.Option(
         help="A TOML file with preset, data, [model] and [train].")] = None,
+    auto_batch: Annotated[bool, typer.Option(
+        "--auto-batch",
+        help="Cut each step's batch into as few parts as fit.")] = False,
+    memory: Annotated[str | None, typer.Option(
+        help="For --auto-batch, as 16GB. [default: what is free now]",
+        show_default=False)] = None,
     resume: Annotated[bool, typer.Option(
         "--resume",
         help="Go on from the newest checkpoint in --out.")] = False,
@@ -281,15 +307,20 @@ def train_command(
     `llm-from-scratch train --preset nano --data shakespeare --out run/`
     """
     if resume:
-        if preset or data or config or seed is not None:
+        if preset or data or config or auto_batch or seed is not None:
             raise ValueError(
                 "--resume takes its settings from run.json: leave out "
-                "--preset, --data, --seed and --config")
+                "--preset, --data, --seed, --config and --auto-batch")
         run = _load_run(out, steps)
     else:
         given = {"n_steps": steps, "seed": seed}
         run = _new_run(preset, data, config,
                        {k: v for k, v in given.items() if v is not None})
+        if auto_batch:
+            _fit_run(run, _free_memory() if memory is None
+                     else _bytes(memory))
+        elif memory is not None:
+            raise ValueError("--memory is for --auto-batch: add it")
         _prepare_run(out, run)
     _train_run(out, run)
 

@@ -4,17 +4,20 @@
 
 # %% auto #0
 __all__ = ['RECIPES', 'cross_entropy', 'AdamW', 'parameter_groups', 'orthogonalize', 'Muon', 'learning_rate', 'clip_gradients',
-           'autocast', 'TrainConfig', 'train_step', 'evaluate', 'list_checkpoints', 'best_checkpoint',
-           'save_checkpoint', 'load_checkpoint', 'Interrupted', 'train']
+           'autocast', 'LossScaler', 'recompute', 'TrainConfig', 'Diverged', 'train_step', 'evaluate',
+           'list_checkpoints', 'best_checkpoint', 'save_checkpoint', 'load_checkpoint', 'Interrupted', 'train',
+           'fit_batch']
 
 # %% ../nbs/08_training.ipynb #bdfcfdce
 import dataclasses
+import functools
 import hashlib
 import json
 import math
 import os
 import shutil
 import signal
+import statistics
 import sys
 import threading
 import time
@@ -23,16 +26,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from .data import Windows
 from llm_from_scratch.model import (
-    TransformerLM, layout, load_model, save_model,
+    ModelConfig, TransformerLM, layout, load_model, save_model,
+    training_bytes,
 )
 from .recurrent import mean_loss
 from .tokenizer import write_file
@@ -205,16 +211,61 @@ def _choose_precision(precision: str, device: str) -> str:
 
 
 def autocast(
-    precision: str,        # "auto", "fp32" or "bf16"
+    precision: str,        # "auto", "fp32", "bf16" or "fp16"
     device: str = "cpu",   # "cpu", "cuda" or "mps"
 ) -> torch.autocast:       # the context of a forward pass
-    "bf16 in and out of matrix products; auto: if the machine gains by it."
+    "16 bits in and out of products; auto: bf16 if the machine gains by it."
     precision = _choose_precision(precision, device)
-    return torch.autocast(device, torch.bfloat16, precision == "bf16")
+    kind = torch.float16 if precision == "fp16" else torch.bfloat16
+    return torch.autocast(device, kind, precision != "fp32")
+
+# %% ../nbs/08_training.ipynb #6a1c4279
+class LossScaler:
+    "Scales the loss for fp16, and finds the scale (Micikevicius et al. 2018)."
+
+    def __init__(
+        self,
+        scale: float = 2.0**16,
+        calm: int = 0,         # steps since the last change
+        patience: int = 2000,  # steps without overflow before it is doubled
+    ):
+        self.scale, self.calm, self.patience = scale, calm, patience
+
+    def unscale(
+        self,
+        params: Iterable[nn.Parameter],
+    ) -> bool:  # may the step be taken?
+        "Divide the gradients by the scale; adapt it, and judge the step."
+        grads = [p.grad for p in params if p.grad is not None]
+        torch._foreach_div_(grads, self.scale)
+        finite = all(torch.stack([g.isfinite().all() for g in grads]))
+        self.calm = self.calm + 1 if finite else 0
+        if not finite:
+            self.scale /= 2
+        elif self.calm == self.patience:
+            self.scale, self.calm = self.scale * 2, 0
+        return finite
+
+# %% ../nbs/08_training.ipynb #9551210f
+@contextmanager
+def recompute(
+    model: nn.Module,
+    every: int,        # 0: no block; 1: each; 2: every second one
+) -> Iterator[None]:
+    "Inside, blocks keep only their inputs, and run again going back."
+    blocks = list(getattr(model, "blocks", []))[::every] if every else []
+    for block in blocks:
+        block.forward = functools.partial(checkpoint, block.forward,
+                                          use_reentrant=False)
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward
 
 # %% ../nbs/08_training.ipynb #66f06b61
 _CHOICES = {"optimizer": ("adamw", "muon"), "schedule": ("cosine", "wsd"),
-            "precision": ("auto", "fp32", "bf16")}
+            "precision": ("auto", "fp32", "bf16", "fp16")}
 
 
 @dataclass(frozen=True)
@@ -230,23 +281,27 @@ class TrainConfig:
     weight_decay: float = 0.1
     beta2: float = 0.95
     max_norm: float = 1.0           # gradients longer than this are shortened
-    precision: str = "auto"         # "auto", "fp32" or "bf16"
+    precision: str = "auto"         # "auto", "fp32", "bf16" or "fp16"
+    recompute: int = 0              # every n-th block runs again going back
     eval_interval: int = 100        # steps between two validation losses
     eval_batches: int = 20
     sample_interval: int = 250
     checkpoint_interval: int = 200  # where also measured, the best is kept
     keep_checkpoints: int = 2       # the newest, and besides them the best
+    max_spike: float = 2.0          # nats above the last steps: refused
+    recoveries: int = 3             # times to go back after a refused step
     seed: int = 0                   # of dropout; data and weights have theirs
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
             name, value = field.name, getattr(self, field.name)
-            least = 0 if name in ("warmup_steps", "seed") else 1
+            least = int(name not in ("warmup_steps", "seed", "recompute",
+                                     "recoveries"))
             if field.type in (int, "int"):
                 if not isinstance(value, int) or value < least:
                     raise ValueError(f"{name} is {value!r}; it must be a "
                                      f"whole number from {least}")
-        for name in ("learning_rate", "max_norm"):
+        for name in ("learning_rate", "max_norm", "max_spike"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it "
                                  "must be positive")
@@ -260,38 +315,51 @@ class TrainConfig:
                                  f"{', '.join(known[:-1])} or {known[-1]}")
 
 # %% ../nbs/08_training.ipynb #12ad5a8b
+class Diverged(ValueError):
+    "A step was refused: its loss is no number, or far above the last ones."
+
+
 def train_step(
-    model: nn.Module,        # ids (B, T) -> logits (B, T, V)
+    model: nn.Module,         # ids (B, T) -> logits (B, T, V)
     optimizer: AdamW,
     windows: Windows,
-    step: int,               # from 0
+    step: int,                # from 0
     config: TrainConfig,
-) -> dict:                   # the record of the step, for the log
-    "Update the weights once; ValueError, and no update, if they would be NaN."
+    skipped: int = 0,         # steps whose batches were passed over
+    limit: float = math.inf,  # a higher loss is refused
+    scaler: LossScaler | None = None,  # for fp16
+) -> dict:                    # the record of the step, for the log
+    "Update the weights once; Diverged, and no update, if that would harm."
     c, began = config, time.perf_counter()
     rate = learning_rate(step, c.n_steps, c.learning_rate, c.warmup_steps,
                          schedule=c.schedule)
     params = list(model.parameters())
     device, total, n_tokens = params[0].device, 0.0, 0
     for part in range(c.accumulation_steps):
-        batch = windows.batch(step * c.accumulation_steps + part)
+        batch = windows.batch((step + skipped) * c.accumulation_steps + part)
         inputs, targets = (ids.to(device) for ids in batch)
         with autocast(c.precision, device.type):
             loss = F.cross_entropy(model(inputs).flatten(0, 1),
                                    targets.flatten()) / c.accumulation_steps
-        loss.backward()
+        (loss * scaler.scale if scaler else loss).backward()
         total, n_tokens = total + loss.detach(), n_tokens + targets.numel()
+    record = {"scale": scaler.scale} if scaler else {}
+    taken = scaler is None or scaler.unscale(params)
     norm, total = clip_gradients(params, c.max_norm), total.item()
-    if not math.isfinite(total + norm):
-        raise ValueError(
-            f"step {step + 1}: loss {total}, gradient norm {norm}; nothing "
-            f"was updated. Try a learning_rate below {c.learning_rate}")
+    if not math.isfinite(total + (norm if taken else 0)) or total > limit:
+        optimizer.zero_grad(set_to_none=True)
+        error = Diverged(f"step {step + 1}: loss {total:.3g}, gradient norm "
+                         f"{norm:.3g}; nothing was updated")
+        error.number = step + skipped
+        raise error
     for group in optimizer.param_groups:
         group["lr"] = rate
-    optimizer.step()
+    if taken:
+        optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     seconds = time.perf_counter() - began
-    return {"step": step + 1, "loss": total, "lr": rate, "grad_norm": norm,
+    return {"step": step + 1, "loss": total, "lr": rate,
+            "grad_norm": norm if taken else None, **record,
             "tokens_per_second": n_tokens / seconds}
 
 # %% ../nbs/08_training.ipynb #556b3aeb
@@ -484,7 +552,8 @@ def _cut_log(path: Path, n_steps: int) -> list[dict]:
 
 def _require_same_plan(saved: dict, config: dict) -> None:
     free = ("n_steps", "eval_interval", "eval_batches", "sample_interval",
-            "checkpoint_interval", "keep_checkpoints")
+            "checkpoint_interval", "keep_checkpoints", "max_spike",
+            "recoveries", "recompute")
     for name, value in saved.items():
         if name not in free and config.get(name, value) != value:
             raise ValueError(f"the run has {name} {value}, not "
@@ -492,9 +561,21 @@ def _require_same_plan(saved: dict, config: dict) -> None:
                              "train in a new folder")
 
 
+def _mark(windows: Windows) -> str:
+    "What the order of the batches hangs on; of the text, up to 256 pieces."
+    if not isinstance(windows, Windows):
+        return type(windows).__name__
+    tokens = windows.tokens
+    starts = range(0, len(tokens), max(4096, len(tokens) // 256))
+    pieces = np.concatenate([tokens[i:i + 4096] for i in starts])
+    digest = hashlib.sha256(pieces.astype("<u4").tobytes()).hexdigest()
+    return (f"{len(tokens):,} tokens ({digest[:8]}), batches of "
+            f"{windows.batch_size}, seed {windows.seed}")
+
+
 def _resume(folder: Path, model: TransformerLM, optimizer: AdamW,
-            config: dict) -> int:
-    "Load the newest checkpoint that is whole; the number of steps done."
+            config: dict, data: str) -> dict:
+    "Load the newest checkpoint that is whole; what it knows of the run."
     found, damaged = list_checkpoints(folder), []
     for path in reversed(found):
         try:
@@ -504,13 +585,17 @@ def _resume(folder: Path, model: TransformerLM, optimizer: AdamW,
             damaged.append(path)
             continue
         _require_same_plan(state.get("config", {}), config)
+        if state.get("data", data) != data:
+            raise ValueError(f"the data have changed since {path.name}: it "
+                             f"saw {state['data']}; these are {data}. Put "
+                             "them back, or train in a new folder")
         for bad in damaged:   # no longer counted among those to keep
             _remove(bad)
-        return state["step"]
+        return state
     if found:
         raise ValueError(f"all {len(found)} checkpoints are damaged; to "
                          "start again, remove the folder checkpoints")
-    return 0
+    return {"step": 0}
 
 # %% ../nbs/08_training.ipynb #26373087
 def _sample(model: nn.Module, sample: Callable[[], str]) -> str:
@@ -530,17 +615,28 @@ def _show(bar: tqdm, log: list[dict]) -> None:
     bar.set_postfix_str(text + f"{speed:,.0f} tokens/s", refresh=False)
     bar.update()
 
+
+def _highest_loss(log: list[dict], max_spike: float) -> float:
+    last = [r["loss"] for r in log[-20:]]
+    if len(last) < 20:
+        return math.inf
+    return statistics.median(last) + max_spike
+
+
+def _keep_batch(folder: Path, windows: Windows, number: int,
+                config: TrainConfig) -> Path:
+    n = config.accumulation_steps
+    parts = [windows.batch(number * n + part) for part in range(n)]
+    inputs, targets = (torch.cat(ids) for ids in zip(*parts))
+    return write_file(Path(folder) / f"refused-batch-{number}.safetensors",
+                      save({"inputs": inputs, "targets": targets}))
+
 # %% ../nbs/08_training.ipynb #1d9909ae
-def train(
-    model: nn.Module,          # trained in place; a TransformerLM if saved
-    train_windows: Windows,
-    valid_windows: Windows,
-    config: TrainConfig,
-    folder: str | Path | None = None,  # for checkpoints and log.jsonl
-    sample: Callable[[], str] | None = None,  # a text to print now and then
-    progress: bool = True,             # show a bar
-) -> list[dict]:                       # the log, one record a step
-    "Train to the end, from the newest checkpoint in `folder` if it has one."
+def _run(model: TransformerLM, train_windows: Windows, valid_windows: Windows,
+         config: TrainConfig, folder: Path | None,
+         sample: Callable[[], str] | None, progress: bool,
+         used: int) -> list[dict]:
+    "From the newest checkpoint to the end; `used` batches are spoilt."
     c, path = config, Path(folder or "") / "log.jsonl"
     muon = c.optimizer == "muon"
     optimizer = (Muon if muon else AdamW)(
@@ -550,17 +646,25 @@ def train(
     device = next(model.parameters()).device.type
     c = dataclasses.replace(c, precision=_choose_precision(c.precision,
                                                            device))
-    step, log = 0, []
+    state, log = {"step": 0}, []
     if folder:
         layout(model.config)   # refuse now what cannot be saved later
-        step = _resume(folder, model, optimizer, dataclasses.asdict(c))
-        log = _cut_log(path, step)
+        data = _mark(train_windows)
+        state = _resume(folder, model, optimizer, dataclasses.asdict(c), data)
+        log = _cut_log(path, state["step"])
+    step = state["step"]
+    skipped = used - step if used else state.get("skipped", 0)
+    scaler = (LossScaler(*state.get("scaler", ()))
+              if c.precision == "fp16" else None)
     model.train()
     bar = tqdm(total=c.n_steps, initial=step, desc="train", unit="step",
                disable=not progress)
-    with bar, _catch_interrupt(bool(folder)) as stop:
+    with (bar, recompute(model, c.recompute),
+          _catch_interrupt(bool(folder)) as stop):
         while step < c.n_steps:
-            record = train_step(model, optimizer, train_windows, step, c)
+            record = train_step(model, optimizer, train_windows, step, c,
+                                skipped, _highest_loss(log, c.max_spike),
+                                scaler)
             step = record["step"]
             last = step == c.n_steps
             if last or step % c.eval_interval == 0:
@@ -573,7 +677,10 @@ def train(
             if folder:
                 _write_record(path, record)
                 if stop or last or step % c.checkpoint_interval == 0:
-                    extra = {"config": dataclasses.asdict(c)}
+                    extra = {"config": dataclasses.asdict(c), "data": data,
+                             "skipped": skipped}
+                    if scaler:
+                        extra["scaler"] = [scaler.scale, scaler.calm]
                     if "valid_loss" in record:
                         extra["valid_loss"] = record["valid_loss"]
                     save_checkpoint(folder, model, optimizer, step, extra,
@@ -583,6 +690,53 @@ def train(
                                       f"{c.n_steps}")
     model.eval()
     return log
+
+
+def train(
+    model: nn.Module,          # trained in place; a TransformerLM if saved
+    train_windows: Windows,
+    valid_windows: Windows,
+    config: TrainConfig,
+    folder: str | Path | None = None,  # for checkpoints and log.jsonl
+    sample: Callable[[], str] | None = None,  # a text to print now and then
+    progress: bool = True,             # show a bar
+) -> list[dict]:                       # the log, one record a step
+    "Train to the end, from the newest checkpoint in `folder` if it has one."
+    used = 0
+    for left in reversed(range(config.recoveries + 1)):
+        try:
+            return _run(model, train_windows, valid_windows, config, folder,
+                        sample, progress, used)
+        except Diverged as error:
+            used = error.number + 1   # this batch, and those before it
+            if not folder:
+                raise
+            kept = _keep_batch(folder, train_windows, error.number, config)
+            said = f"{error}; its batch is kept in {kept.name}"
+            if not left or not list_checkpoints(folder):
+                raise Diverged(f"{said}. Try a learning_rate below "
+                               f"{config.learning_rate}") from error
+            print(f"{said}; going on from the last checkpoint with the "
+                  "batches after it", file=sys.stderr)
+
+# %% ../nbs/08_training.ipynb #ebcefba9
+def fit_batch(
+    shape: ModelConfig,
+    config: TrainConfig,
+    memory: int,   # bytes that are free
+) -> TrainConfig:  # the same windows in a step, in as few parts as fit
+    "Trade passes for memory; ValueError if not even one window fits."
+    total = config.batch_size * config.accumulation_steps
+    for parts in range(1, total + 1):
+        if total % parts == 0:
+            need = training_bytes(shape, total // parts,
+                                  accumulates=parts > 1)["total"]
+            if need <= memory:
+                return dataclasses.replace(config, accumulation_steps=parts,
+                                           batch_size=total // parts)
+    raise ValueError(f"one window of {shape.context_length} tokens needs "
+                     f"{need / 1e6:,.0f} MB, {memory / 1e6:,.0f} MB are free; "
+                     "choose a smaller model or context_length")
 
 # %% ../nbs/08_training.ipynb #50dba24b
 RECIPES = {

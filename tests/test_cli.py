@@ -124,6 +124,44 @@ def test_config_file(cli, text_folder, tmp_path):
     assert config["num_hidden_layers"] == 1
 
 
+def test_auto_batch_keeps_the_windows_of_a_step(cli, text_folder, tmp_path):
+    args = ["train", "--preset", "nano", "--data", text_folder, "--steps", 2]
+    done = cli(*args, "--auto-batch", "--memory", "12MB", "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    plan = json.loads((tmp_path / "run.json").read_text())["train"]
+    assert 1 < plan["accumulation_steps"] == 16 // plan["batch_size"]
+    line = f"{plan['batch_size']} windows at once"
+    assert done.stdout.startswith(line), done.stdout
+
+
+def test_every_recipe_field_trains(cli, text_folder, tmp_path):
+    (tmp_path / "run.toml").write_text(
+        f'preset = "nano"\ndata = "{text_folder}"\n[train]\nn_steps = 4\n'
+        'optimizer = "muon"\nschedule = "wsd"\nrecompute = 1\n'
+        'precision = "fp16"\nwarmup_steps = 1\n'
+    )
+    out = tmp_path / "out"
+    done = cli("train", "--config", tmp_path / "run.toml", "--out", out)
+    assert done.returncode == 0, done.stderr
+    lines = (out / "log.jsonl").read_text().splitlines()
+    assert len(lines) == 4 and "scale" in json.loads(lines[0])
+
+
+def test_data_changed_since_the_checkpoint(cli, run, tmp_path):
+    from llm_from_scratch.data import open_tokens, write_tokens
+
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    file = copy / "data" / "train.tokens"
+    ids = open_tokens(file).copy()
+    ids[7] += 1
+    write_tokens(file, ids, 512)
+    before = tree(copy / "checkpoints")
+    done = cli("train", "--out", copy, "--resume", "--steps", 70)
+    one_line(done, "the data have changed since step-0000060")
+    assert tree(copy / "checkpoints") == before
+
+
 def test_jsonl_and_markdown_folders(cli, tmp_path):
     data = tmp_path / "data"
     data.mkdir()
@@ -182,6 +220,9 @@ BAD_TRAIN = {
         ["post", "pre_norm"],
     ),
     "nothing to resume": (["--resume"], ["--resume"]),
+    "unknown schedule": (["--config", "{tmp}/sine.toml"], ["cosine or wsd"]),
+    "no memory": (["--auto-batch", "--memory", "1MB"], ["MB are free"]),
+    "memory alone": (["--memory", "1GB"], ["--auto-batch"]),
 }
 
 
@@ -196,6 +237,7 @@ def test_bad_training_input(cli, tmp_path, text_folder, name):
     (tmp_path / "bad.toml").write_text("preset = ")
     (tmp_path / "key.toml").write_text("[model]\nn_layer = 2\n")
     (tmp_path / "type.toml").write_text('[model]\nd_model = "wide"\n')
+    (tmp_path / "sine.toml").write_text('[train]\nschedule = "sine"\n')
     (tmp_path / "odd.toml").write_text("[model]\npre_norm = false\n")
     args, needles = BAD_TRAIN[name]
     args = [a.format(tmp=tmp_path) for a in args]
