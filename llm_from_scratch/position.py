@@ -22,6 +22,8 @@ def sinusoidal_positions(
     if d_model % 2:
         raise ValueError(
             f"d_model is {d_model}; sinusoidal positions need an even one")
+    if theta <= 0:
+        raise ValueError(f"theta is {theta}; it must be positive")
     rates = theta ** (-torch.arange(0, d_model, 2) / d_model)  # (D/2,)
     angles = torch.arange(n_positions)[:, None] * rates        # (T, D/2)
     return torch.stack([angles.sin(), angles.cos()], -1).flatten(1)
@@ -35,6 +37,8 @@ def rope_rates(
     if head_dim % 2:
         raise ValueError(
             f"head_dim is {head_dim}; rotary positions need an even one")
+    if theta <= 0:
+        raise ValueError(f"theta is {theta}; it must be positive")
     pairs = torch.arange(0, head_dim, 2, dtype=torch.float32)
     return theta ** (-pairs / head_dim)
 

@@ -5,9 +5,11 @@ import shutil
 
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from llm_from_scratch.attention import KVCache
 from llm_from_scratch.block import (
@@ -70,6 +72,32 @@ def test_both_layouts_turn_alike(seed, offset, half, T):
     ours = turn_halves(x[..., order], offset, 10000.0)
     paper = turn_neighbours(x, offset, 10000.0)[..., order]
     torch.testing.assert_close(ours.double(), paper, rtol=0, atol=1e-4)
+
+
+@few
+@given(st.sampled_from(["linear", "llama3", "yarn"]),
+       st.sampled_from([32, 64, 96, 128]),
+       st.sampled_from([1e4, 5e5, 1e6]), st.floats(1.0, 64.0),
+       st.sampled_from([256, 4096, 32768]), st.booleans())
+def test_slowed_rates_are_those_of_transformers(
+    kind, head_dim, theta, factor, trained, truncate
+):
+    scaling = {"rope_type": kind, "factor": factor}
+    if kind != "linear":
+        scaling["original_max_position_embeddings"] = trained
+    if kind == "llama3":
+        scaling |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    if kind == "yarn":
+        scaling["truncate"] = truncate
+    transformers.logging.set_verbosity_error()
+    config = transformers.LlamaConfig(
+        hidden_size=4 * head_dim, num_attention_heads=4,
+        max_position_embeddings=int(trained * factor),
+        rope_parameters={"rope_theta": theta, **scaling})
+    theirs, their_scale = ROPE_INIT_FUNCTIONS[kind](config, "cpu")
+    rates, scale = scaled_rates(head_dim, theta, scaling)
+    torch.testing.assert_close(rates, theirs, rtol=1e-4, atol=0)
+    assert scale == pytest.approx(their_scale)
 
 
 @few
@@ -201,6 +229,8 @@ def test_compiled_code_gives_the_same():
 REFUSALS = {
     "d_model is 7": lambda: sinusoidal_positions(4, 7),
     "head_dim is 5": lambda: rope_rates(5),
+    "theta is 0": lambda: rope_rates(8, 0),
+    "theta is -1": lambda: sinusoidal_positions(4, 8, -1),
     "3 pairs, but head_dim is 8": lambda: rope_angles(
         4, 8, rates=torch.ones(3)),
     "positions 6 to 9, but the tables hold 0 to 7": lambda: RotaryPositions(
