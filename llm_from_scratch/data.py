@@ -15,6 +15,7 @@ import difflib
 import hashlib
 import importlib.util
 import json
+import mmap
 import os
 import re
 import subprocess
@@ -173,6 +174,15 @@ def _checksum(path: Path) -> str:
     return digest.hexdigest()
 
 
+class _Mapped(np.memmap):
+    "Ids in a file; a worker is sent the path of the file, not its content."
+
+    def __reduce__(self):
+        if isinstance(self.base, mmap.mmap):  # all of it, not a part
+            return open_tokens, (self.filename, False)
+        return super().__reduce__()
+
+
 def open_tokens(
     path: str | Path,
     verify: bool = True,  # read the file once and compare its checksum
@@ -191,7 +201,7 @@ def open_tokens(
     if verify and _checksum(path) != header["sha256"]:
         raise ValueError(f"{path} is damaged: its ids do not match the "
                          "checksum in its header")
-    return np.memmap(path, dtype, "r", _HEADER, (header["count"],))
+    return _Mapped(path, dtype, "r", _HEADER, (header["count"],))
 
 # %% ../nbs/02_data.ipynb #84c46a54
 def cache_dir() -> Path:  # ~/.cache/llm-from-scratch
@@ -473,19 +483,11 @@ def data_card(
             ("from the middle", f"... {sample} ...")]
 
 # %% ../nbs/02_data.ipynb #c6084904
-def _line_ends(text: str) -> str:
-    return re.sub("\r\n|[\r\v\f\x1c-\x1e\x85\u2028\u2029]", "\n", text)
-
-
 def _invisible(text: str) -> str:
     "Drop control and format characters; joiners shape letters and stay."
     bad = {c for c in set(text) if unicodedata.category(c) in ("Cc", "Cf")}
     bad -= set("\n\t\u200c\u200d")
     return text.translate(dict.fromkeys(map(ord, bad)))
-
-
-def _normal_form(text: str) -> str:
-    return unicodedata.normalize("NFC", text)
 
 
 def _spaces(text: str) -> str:
@@ -495,13 +497,13 @@ def _spaces(text: str) -> str:
     return re.sub(r"[ \t]+$", "", text, flags=re.M)
 
 
-def _blank_lines(text: str) -> str:
-    return re.sub(r"\n{3,}", "\n\n", text)
-
-
-CLEANING = {"line ends": _line_ends, "invisible": _invisible,
-            "normal form": _normal_form, "spaces": _spaces,
-            "blank lines": _blank_lines}
+_LINE_ENDS = "\r\n|[\r\v\f\x1c-\x1e\x85\u2028\u2029]"
+CLEANING = {
+    "line ends": lambda text: re.sub(_LINE_ENDS, "\n", text),
+    "invisible": _invisible,
+    "normal form": lambda text: unicodedata.normalize("NFC", text),
+    "spaces": _spaces,
+    "blank lines": lambda text: re.sub("\n{3,}", "\n\n", text)}
 
 
 def clean_text(text: str) -> str:

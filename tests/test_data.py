@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import subprocess
 import sys
 import textwrap
@@ -135,6 +136,20 @@ def test_a_foreign_file_is_refused(tmp_path_factory, content):
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"foreign\.tokens"):
         open_tokens(path)
+
+
+def test_a_map_travels_as_a_path_and_a_part_as_ids(tmp_path):
+    ids = np.arange(100_000) % 1000
+    path = write_tokens(tmp_path / "ids.tokens", ids, 1000)
+    mapped = open_tokens(path)
+    packet = pickle.dumps(Windows(mapped, 16, 4))
+    assert len(packet) < 1000
+    again = pickle.loads(packet)
+    assert (again.tokens == ids).all()
+    assert (pickle.loads(pickle.dumps(mapped[5:50])) == ids[5:50]).all()
+    assert (pickle.loads(pickle.dumps(mapped + 1)) == ids + 1).all()
+    whole = mapped[:]
+    assert (pickle.loads(pickle.dumps(whole)) == ids).all()
 
 
 @pytest.mark.skipif(
