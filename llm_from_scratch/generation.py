@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['keep_top_k', 'keep_top_p', 'keep_min_p', 'keep_typical', 'penalise_repetition', 'penalise_counts',
            'forbid_repeated_runs', 'next_token_probabilities', 'check_sampling', 'Reader', 'generate', 'BatchReader',
-           'generate_batch', 'beam_search', 'stream_text', 'complete', 'matching', 'one_of']
+           'generate_batch', 'beam_search', 'stream_text', 'complete', 'matching', 'one_of', 'keep_or_redraw',
+           'speculate']
 
 # %% ../nbs/09_generation.ipynb #a684d0a2
 import codecs
@@ -273,6 +274,8 @@ def _draw(logits, ids, n_prompt, settings, generator, allowed=None):
     chances = next_token_probabilities(
         logits, torch.tensor(ids), n_prompt=n_prompt, allowed=allowed,
         **settings)
+    if settings.get("temperature", 1.0) < 1e-6:  # no need to throw dice
+        return chances.argmax().item()
     return torch.multinomial(chances, 1, generator=generator).item()
 
 
@@ -500,3 +503,81 @@ def one_of(
 ) -> Callable[[list[int]], list[int]]:  # for `allow` of `generate`
     "Allow nothing but one of the options, then the end."
     return matching(tokenizer, "|".join(map(regex.escape, options)))
+
+# %% ../nbs/09_generation.ipynb #0f6d6e8e
+def keep_or_redraw(
+    guess: int,  # drawn from q
+    p: Tensor,   # (V,) what is wanted
+    q: Tensor,   # (V,) what the draft said
+    generator: torch.Generator,
+) -> int:        # distributed as p; `guess` if it is kept
+    "Accept a guess, or draw from what the draft gave too little."
+    if torch.rand(1, generator=generator) * q[guess] < p[guess]:
+        return guess
+    left = (p - q).clamp(min=0)
+    left = left if left.any() else p  # nothing, by rounding: p is q
+    return torch.multinomial(left, 1, generator=generator).item()
+
+# %% ../nbs/09_generation.ipynb #4d4134db
+def speculate(
+    model: TransformerLM,
+    draft: TransformerLM,      # smaller; of the same vocabulary
+    ids: Iterable[int],        # the prompt
+    max_new_tokens: int = 200,
+    n_guesses: int = 4,        # tokens guessed before each call of `model`
+    seed: int | None = None,
+    stop_ids: Iterable[int] = (),
+    **settings,                # of `next_token_probabilities`
+) -> Iterator[int]:
+    "Like `generate`, with a draft that guesses; the text must fit."
+    ids, sizes = list(ids), [m.config.vocab_size for m in (model, draft)]
+    _check_prompt(model, ids, max_new_tokens, settings)
+    if n_guesses < 1 or sizes[0] != sizes[1]:
+        raise ValueError(f"n_guesses is {n_guesses}, the vocabularies have "
+                         f"{sizes} entries; it must be 1 or more, they equal")
+    room = min(m.config.context_length for m in (model, draft))
+    if len(ids) + max_new_tokens > room:
+        raise ValueError(f"{len(ids)} + {max_new_tokens} tokens do not fit "
+                         f"into the context of {room}")
+    return _speculate(model, draft, ids, max_new_tokens, n_guesses,
+                      _random(seed), set(stop_ids), settings)
+
+# %% ../nbs/09_generation.ipynb #196cdfa8
+@torch.inference_mode()
+def _logits_after(model, caches, ids, n):
+    "(n, V): after each of the last n ids; reads what the caches lack."
+    new = torch.tensor([ids[caches[0].length:]],
+                       device=model.embedding.weight.device)
+    return model(new, caches)[0, -n:].float().cpu()
+
+
+def _speculate(model, draft, ids, max_new_tokens, n_guesses, generator,
+               stop_ids, settings):
+    caches, drafts = Reader(model).model.new_caches(), draft.new_caches()
+    n_prompt, end = len(ids), len(ids) + max_new_tokens
+
+    def chances(logits, so_far):
+        return next_token_probabilities(logits, torch.tensor(so_far),
+                                        n_prompt=n_prompt, **settings)
+
+    def drawn(p):
+        return torch.multinomial(p, 1, generator=generator).item()
+
+    while len(ids) < end:
+        n, text, q = len(ids), list(ids), []
+        for _ in range(min(n_guesses, end - n - 1)):
+            q.append(chances(_logits_after(draft, drafts, text, 1)[0], text))
+            text.append(drawn(q[-1]))
+        rows = _logits_after(model, caches, text, len(q) + 1)
+        for i, logits in enumerate(rows):
+            p = chances(logits, ids)
+            token = (drawn(p) if i == len(q) else
+                     keep_or_redraw(text[n + i], p, q[i], generator))
+            if token in stop_ids:
+                return
+            yield token
+            ids.append(token)
+            if i < len(q) and token != text[n + i]:
+                break
+        for cache in caches + drafts:  # forget the guesses that were wrong
+            cache.length = min(cache.length, len(ids) - 1)

@@ -12,6 +12,7 @@ from llm_from_scratch.generation import (
     generate,
     generate_batch,
     next_token_probabilities,
+    speculate,
     stream_text,
 )
 from llm_from_scratch.model import ModelConfig, TransformerLM, save_model
@@ -177,3 +178,47 @@ def test_reader_needs_evaluation_mode():
     model = make("rotary", dropout=0.1).train()
     with pytest.raises(ValueError, match="eval"):
         Reader(model)
+
+
+def test_a_draft_changes_no_greedy_text():
+    model, draft = make("rotary"), make("learned", seed=1)
+    whole = list(generate(model, [1, 2], 20, temperature=0))
+    for draft_ in (draft, model):  # never right, always right
+        for n in (1, 3, 30):
+            for size in (1, 2, 20):
+                assert list(speculate(
+                    model, draft_, [1, 2], size, n, temperature=0)
+                ) == whole[:size]
+
+
+def test_a_draft_changes_no_distribution():
+    """Pairs of tokens against their exact chances, by chi-square."""
+    model, draft = make("rotary", scale=12.0), make("rotary", 2, 1, 12.0)
+    settings = {"temperature": 0.9, "top_k": 4, "repetition_penalty": 1.3}
+
+    @torch.no_grad()
+    def exact(writer, ids):
+        return next_token_probabilities(
+            writer(torch.tensor([ids]))[0, -1], torch.tensor(ids), **settings)
+
+    first = exact(model, [1])
+    pairs = {(i, j): first[i] * p for i in first.nonzero()[:, 0].tolist()
+             for j, p in enumerate(exact(model, [1, i])) if p > 0}
+    n, far = 1500, (first - exact(draft, [1])).abs().sum()
+    assert far > 0.2 and abs(sum(pairs.values()) - 1) < 1e-4
+    counts = dict.fromkeys(pairs, 0)
+    for seed in range(n):
+        counts[tuple(speculate(model, draft, [1], 2, 3, seed, **settings))
+               ] += 1
+    score = sum((counts[k] - n * p) ** 2 / (n * p)
+                for k, p in pairs.items() if n * p > 3)
+    freedom = sum(n * p > 3 for p in pairs.values())
+    assert score < freedom + 4 * (2 * freedom) ** 0.5, (score, freedom)
+
+
+@pytest.mark.parametrize("bad", [
+    {"n_guesses": 0}, {"max_new_tokens": CONTEXT}, {"temperature": -1}])
+def test_impossible_speculation_is_refused(bad):
+    model = make("rotary")
+    with pytest.raises(ValueError, match="^[^\n]*$"):
+        speculate(model, model, [1], **{"max_new_tokens": 5, **bad})
