@@ -129,7 +129,7 @@ def fused_attention(
     v: Tensor,  # values of all S positions (B, Hkv, S, Dh)
     dropout: float = 0.0,  # share of the weights that is dropped
     bias: Tensor | None = None,  # added to the scores (H, T, S)
-    mask: Tensor | None = None,  # True where allowed, or added, too
+    mask: Tensor | None = None,  # True where allowed, or another bias
 ) -> Tensor:    # (B, H, T, Dh)
     "Causal attention, normally without holding the (T, S) weights."
     T, S = q.shape[2], k.shape[2]
