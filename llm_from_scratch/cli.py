@@ -13,6 +13,7 @@ import os
 import re
 import sys
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -297,6 +298,9 @@ def train_command(
     memory: Annotated[str | None, typer.Option(
         help="For --auto-batch, as 16GB. [default: what is free now]",
         show_default=False)] = None,
+    tensorboard: Annotated[bool, typer.Option(
+        "--tensorboard",
+        help="Write curves for TensorBoard into --out.")] = False,
     resume: Annotated[bool, typer.Option(
         "--resume",
         help="Go on from the newest checkpoint in --out.")] = False,
@@ -307,15 +311,19 @@ def train_command(
     `llm-from-scratch train --preset nano --data shakespeare --out run/`
     """
     if resume:
-        if preset or data or config or auto_batch or seed is not None:
-            raise ValueError(
-                "--resume takes its settings from run.json: leave out "
-                "--preset, --data, --seed, --config and --auto-batch")
+        if (preset or data or config or auto_batch or memory or tensorboard
+                or seed is not None):
+            raise ValueError("--resume takes its settings from run.json: "
+                             "only --steps may stand beside it")
         run = _load_run(out, steps)
     else:
-        given = {"n_steps": steps, "seed": seed}
+        given = {"n_steps": steps, "seed": seed,
+                 "tensorboard": tensorboard or None}
         run = _new_run(preset, data, config,
                        {k: v for k, v in given.items() if v is not None})
+        if run["train"]["tensorboard"] and not find_spec("tensorboard"):
+            raise ValueError("--tensorboard needs an extra: pip install "
+                             "'llm-from-scratch-book[tensorboard]'")
         if auto_batch:
             _fit_run(run, _free_memory() if memory is None
                      else _bytes(memory))

@@ -290,6 +290,7 @@ class TrainConfig:
     keep_checkpoints: int = 2       # the newest, and besides them the best
     max_spike: float = 2.0          # nats above the last steps: refused
     recoveries: int = 3             # times to go back after a refused step
+    tensorboard: bool = False       # curves for TensorBoard in the folder
     seed: int = 0                   # of dropout; data and weights have theirs
 
     def __post_init__(self):
@@ -301,6 +302,8 @@ class TrainConfig:
                 if not isinstance(value, int) or value < least:
                     raise ValueError(f"{name} is {value!r}; it must be a "
                                      f"whole number from {least}")
+            elif field.type in (bool, "bool") and not isinstance(value, bool):
+                raise ValueError(f"{name} is {value!r}; choose true or false")
         for name in ("learning_rate", "max_norm", "max_spike"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it "
@@ -553,7 +556,7 @@ def _cut_log(path: Path, n_steps: int) -> list[dict]:
 def _require_same_plan(saved: dict, config: dict) -> None:
     free = ("n_steps", "eval_interval", "eval_batches", "sample_interval",
             "checkpoint_interval", "keep_checkpoints", "max_spike",
-            "recoveries", "recompute")
+            "recoveries", "recompute", "tensorboard")
     for name, value in saved.items():
         if name not in free and config.get(name, value) != value:
             raise ValueError(f"the run has {name} {value}, not "
@@ -616,6 +619,26 @@ def _show(bar: tqdm, log: list[dict]) -> None:
     bar.update()
 
 
+class _Board:
+    "The numbers of each step for TensorBoard, an extra of this package."
+
+    def __init__(self, folder: Path, first_step: int):
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise ValueError(
+                "tensorboard=true needs an extra: pip install "
+                "'llm-from-scratch-book[tensorboard]'") from None
+        self.writer = SummaryWriter(Path(folder) / "tensorboard",
+                                    purge_step=first_step)
+
+    def write(self, record: dict) -> None:
+        for name, value in record.items():
+            if name != "step" and value is not None:
+                self.writer.add_scalar(name, value, record["step"])
+        self.writer.flush()
+
+
 def _highest_loss(log: list[dict], max_spike: float) -> float:
     last = [r["loss"] for r in log[-20:]]
     if len(last) < 20:
@@ -656,6 +679,7 @@ def _run(model: TransformerLM, train_windows: Windows, valid_windows: Windows,
     skipped = used - step if used else state.get("skipped", 0)
     scaler = (LossScaler(*state.get("scaler", ()))
               if c.precision == "fp16" else None)
+    board = _Board(folder, step + 1) if folder and c.tensorboard else None
     model.train()
     bar = tqdm(total=c.n_steps, initial=step, desc="train", unit="step",
                disable=not progress)
@@ -676,6 +700,8 @@ def _run(model: TransformerLM, train_windows: Windows, valid_windows: Windows,
                     bar.write(f"--- step {step}\n{_sample(model, sample)}")
             if folder:
                 _write_record(path, record)
+                if board:
+                    board.write(record)
                 if stop or last or step % c.checkpoint_interval == 0:
                     extra = {"config": dataclasses.asdict(c), "data": data,
                              "skipped": skipped}

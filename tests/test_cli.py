@@ -147,6 +147,19 @@ def test_every_recipe_field_trains(cli, text_folder, tmp_path):
     assert len(lines) == 4 and "scale" in json.loads(lines[0])
 
 
+def test_tensorboard_on_request(cli, text_folder, tmp_path):
+    args = ["--preset", "nano", "--data", text_folder, "--steps", 2]
+    out = tmp_path / "out"
+    done = cli("train", *args, "--tensorboard", "--out", out)
+    try:
+        import tensorboard  # noqa: F401
+    except ImportError:
+        one_line(done, "pip install", "[tensorboard]")
+        return
+    assert done.returncode == 0, done.stderr
+    assert len(list((out / "tensorboard").iterdir())) == 1
+
+
 def test_data_changed_since_the_checkpoint(cli, run, tmp_path):
     from llm_from_scratch.data import open_tokens, write_tokens
 
@@ -222,6 +235,7 @@ BAD_TRAIN = {
     "nothing to resume": (["--resume"], ["--resume"]),
     "unknown schedule": (["--config", "{tmp}/sine.toml"], ["cosine or wsd"]),
     "no memory": (["--auto-batch", "--memory", "1MB"], ["MB are free"]),
+    "resume with more": (["--resume", "--seed", "1"], ["only --steps"]),
     "memory alone": (["--memory", "1GB"], ["--auto-batch"]),
 }
 
