@@ -261,6 +261,25 @@ def _add_positions(
     return x
 
 # %% ../nbs/07_model.ipynb #b6000f7f
+def _find_start(
+    model: "TransformerLM",
+    ids: Tensor,
+    caches: list[KVCache] | None,
+) -> int:  # position of the first id
+    "What the caches hold already; refuse what does not fit."
+    if ids.dim() != 2:
+        raise ValueError(f"ids have shape {tuple(ids.shape)}; they must be "
+                         "rows of one length, (B, T)")
+    if caches and len(caches) != len(model.blocks):
+        raise ValueError(f"there are {len(caches)} caches, but "
+                         f"{len(model.blocks)} blocks")
+    start = caches[0].length if caches else 0
+    end, room = start + ids.shape[1], model.config.context_length
+    if end > room:
+        raise ValueError(f"{end} positions, but context_length is {room}")
+    return start
+
+
 def _number_texts(
     padding: Tensor | None,    # ids on the left of each row that are none (B,)
     documents: Tensor | None,  # or the number of each position's text (B, S)
@@ -339,13 +358,12 @@ class TransformerLM(nn.Module):
         documents: Tensor | None = None,  # number at each position (B, S)
     ) -> Tensor:                              # logits (B, T, V)
         "Scores of the token after each position."
-        (B, T), start = ids.shape, caches[0].length if caches else 0
-        S, room, mask = start + T, self.config.context_length, None
-        if S > room:
-            raise ValueError(f"{S} positions, but context_length is {room}")
+        start, mask = _find_start(self, ids, caches), None
         if padding is not None or documents is not None:
-            mask, start = _keep_apart(_number_texts(
-                padding, documents, (B, S), room if caches else T), T)
+            (B, T), room = ids.shape, self.config.context_length
+            texts = _number_texts(padding, documents, (B, start + T),
+                                  room if caches else T)
+            mask, start = _keep_apart(texts, T)
         x = _add_positions(self, self.embedding(ids), start)  # (B, T, D)
         x = self.dropout(x)
         for i, block in enumerate(self.blocks):

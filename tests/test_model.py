@@ -223,6 +223,10 @@ def test_impossible_batches_are_refused():
         assert all(part in str(refused.value) for part in said)
     with pytest.raises(ValueError, match="17 positions.*16"):
         model(torch.zeros(1, 17, dtype=torch.long))
+    with pytest.raises(ValueError, match=r"shape \(12,\)"):
+        model(ids[0])
+    with pytest.raises(ValueError, match="1 caches, but 2 blocks"):
+        model(ids, model.new_caches(3)[:1])
     with pytest.raises(ValueError, match="2 rows; 3"):
         model(ids, model.new_caches(2))
     with pytest.raises(ValueError, match=r"\(3, 5\).*3 rows of 12"):
