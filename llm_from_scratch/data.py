@@ -56,6 +56,11 @@ class Windows:
     ):
         self.tokens, self.seed = tokens, seed
         self.context_length, self.batch_size = context_length, batch_size
+        if np.ndim(tokens) != 1 or min(context_length, batch_size) < 1:
+            raise ValueError(
+                "windows need tokens in one line, context_length and batch_"
+                f"size of at least 1; got {np.ndim(tokens)} dimensions, "
+                f"{context_length} and {batch_size}")
         # every phase must leave whole windows with one target behind them
         self.n_windows = (len(tokens) - context_length) // context_length
         if self.n_windows < 1:
@@ -359,7 +364,7 @@ def _read_lines(path: Path, name: str) -> list[Document]:
         if line.strip():
             try:
                 text = json.loads(line)["text"] + ""  # it must be a string
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 raise ValueError(f"{path}, line {number}: not a JSON object "
                                  'with a string in "text"') from None
             documents.append(Document(f"{name}:{number}", text))
@@ -649,8 +654,10 @@ def split_documents(
     seed: int = 0,
 ) -> tuple[list[Document], list[Document]]:  # training, validation
     "Split by whole documents, so that no text is on both sides."
-    if not 0 < fraction < 1:
-        raise ValueError(f"fraction is {fraction}; it must be between 0 and 1")
+    if not documents or not 0 < fraction < 1:
+        raise ValueError(
+            f"cannot hold out a fraction of {fraction} of {len(documents)} "
+            "documents; it must be between 0 and 1, of one or more")
     if len(documents) == 1:
         return _cut(documents[0], fraction)
     sizes = [len(d.text) for d in documents]
@@ -726,6 +733,9 @@ class Packed:
     ):
         self.seed, self.batch_size = seed, batch_size
         lengths = [len(ids) + 1 for ids in documents]
+        if not lengths or batch_size < 1:
+            raise ValueError(f"{len(lengths)} documents in batches of "
+                             f"{batch_size}; both must be at least 1")
         rows = pack(lengths, context_length)
         self.inputs = torch.full((len(rows), context_length), end)
         self.targets = torch.full((len(rows), context_length), -100)
