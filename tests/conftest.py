@@ -5,6 +5,11 @@ import subprocess
 import sys
 
 import pytest
+from hypothesis import settings
+
+# the same examples in every run, and no limit that a busy machine breaks
+settings.register_profile("book", deadline=None, derandomize=True)
+settings.load_profile("book")
 
 
 def run_cli(*args, cwd=None, timeout=240, **env):
