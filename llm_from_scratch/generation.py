@@ -325,15 +325,18 @@ class BatchReader(Reader):
             self.padding if self.padding.any() else None)
         return logits[:, -1].float().cpu()
 
+    @torch.inference_mode()
     def keep(
         self,
-        rows: list[int],  # texts that go on; one may come twice
+        rows: list[int],  # no more than now; one may come twice
     ) -> None:
         "Go on with these texts only, in this order."
         self.window = [self.window[i] for i in rows]
         self.padding = self.padding[rows]
-        for cache in self.caches:
-            cache.memory = cache.memory[:, rows]
+        for cache in self.caches:  # copy what is used, not what is room
+            used = cache.memory[:, rows, :, :cache.length]
+            cache.memory = cache.memory[:, :len(rows)]
+            cache.memory[:, :, :, :cache.length] = used
 
 
 def generate_batch(
