@@ -486,10 +486,14 @@ def matching(
     tokenizer: Tokenizer,
     pattern: str,  # a regular expression for the whole text written
 ) -> Callable[[list[int]], list[int]]:  # for `allow` of `generate`
-    "Allow what can still become a match; after a match, also the end."
+    """Allow what can still become a match; after a match, also the end.
+
+    Only whole characters are put together, not bytes of them.
+    """
     whole, end = regex.compile(pattern), tokenizer.special_tokens[END_OF_TEXT]
     pieces = {i: tokenizer.decode([i]) for i in range(len(tokenizer.tokens))
               if i not in tokenizer.special_tokens.values()}
+    pieces = {i: piece for i, piece in pieces.items() if "�" not in piece}
 
     def allow(written: list[int]) -> list[int]:
         text = tokenizer.decode(written)
