@@ -38,7 +38,7 @@ $(READY): settings.ini setup.py constraints.txt
 	@$(BIN)/python -c 'import ssl' 2>/dev/null || $(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt pip setuptools wheel
 	$(BIN)/pip install --quiet $(TORCH)
-	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev,figures,tensorboard]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev,figures,tensorboard,hub]'
 	@touch $@
 
 clean:          ## remove what was built; keeps the environment and the data

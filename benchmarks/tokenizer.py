@@ -18,8 +18,7 @@ import tracemalloc
 from importlib.metadata import version
 from importlib.util import find_spec
 
-CORES = 2
-os.environ["RAYON_NUM_THREADS"] = str(CORES)  # before tokenizers is imported
+os.environ["RAYON_NUM_THREADS"] = "2"  # before tokenizers is imported
 os.environ["TOKENIZERS_PARALLELISM"] = "true"
 
 import regex
@@ -36,7 +35,7 @@ from llm_from_scratch.tokenizer import (
     write_file,
 )
 
-N_MERGES = 10_000
+N_MERGES, CORES = 10_000, 2
 
 
 def train_tokenizers(texts):

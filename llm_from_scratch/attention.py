@@ -145,7 +145,7 @@ def fused_attention(
     if allowed is not None and allowed.dim() == 3:
         allowed = allowed[None]  # the fused kernels ask for (B, H, T, S)
     return F.scaled_dot_product_attention(
-        q, k, v, allowed, dropout, is_causal=allowed is None and T > 1,
+        q, k, v, allowed, dropout, is_causal=allowed is None and bool(T > 1),
         enable_gqa=q.shape[1] != k.shape[1])
 
 # %% ../nbs/04_attention.ipynb #1cab2611

@@ -98,8 +98,9 @@ def encode_documents(
 ) -> np.ndarray:  # ids, a special end-of-text id behind each document
     "Encode documents one after another into one line of ids."
     end = tokenizer.special_tokens[END_OF_TEXT]
-    parts = [np.array(tokenizer.encode(document.text) + [end], np.uint32)
-             for document in documents]
+    texts = (document.text for document in documents)
+    parts = [np.array(ids + [end], np.uint32)
+             for ids in tokenizer.encode_batch(texts)]
     return np.concatenate(parts) if parts else np.zeros(0, np.uint32)
 
 # %% ../nbs/02_data.ipynb #c4a87cbb

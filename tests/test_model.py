@@ -169,6 +169,17 @@ WHOLE = [dict(position=position) for position in POSITIONS] + [
 ]
 
 
+def test_export_of_any_length():
+    model = make(**WHOLE[0])
+    length = torch.export.Dim("length", min=2, max=T - 1)
+    ids = torch.arange(3 * T).view(3, T) % 37
+    exported = torch.export.export(
+        model, (ids[:, :8],), dynamic_shapes=({1: length},))
+    for n in (2, 5, T - 1):
+        torch.testing.assert_close(
+            exported.module()(ids[:, :n]), model(ids[:, :n]))
+
+
 @pytest.mark.parametrize("shape", WHOLE, ids=str)
 def test_meta_compile_and_export(shape):
     model, ids = make(**shape), torch.arange(36).view(3, T)
