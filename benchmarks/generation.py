@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from llm_from_scratch.generation import generate, generate_batch
+from llm_from_scratch.generation import generate, generate_batch, turn_wide
 from llm_from_scratch.model import TransformerLM, preset, save_model
 
 
@@ -30,7 +30,14 @@ def make_pair():
             folder, dtype=torch.float32
         ).eval()
     theirs.generation_config.eos_token_id = None
-    return ours, theirs
+    return turn_wide(ours), theirs
+
+
+def to_bf16(model):
+    "By rows again, which bfloat16 prefers."
+    for weight in model.parameters():
+        weight.data = weight.data.bfloat16().contiguous()
+    return model
 
 
 def write_ours(model, ids, n):
@@ -98,7 +105,7 @@ def main():
             "medium" if precision == "medium" else "highest"
         )
         if precision == "bf16":
-            pair = tuple(model.bfloat16() for model in pair)
+            pair = tuple(map(to_bf16, pair))
         for n in args.batch:
             ids = torch.randint(50257, (n, args.prompt), generator=generator)
             ours, theirs, same = compare(pair, ids, args.new, args.rounds)

@@ -6,7 +6,7 @@
 __all__ = ['keep_top_k', 'keep_top_p', 'keep_min_p', 'keep_typical', 'penalise_repetition', 'penalise_counts',
            'forbid_repeated_runs', 'next_token_probabilities', 'check_sampling', 'Reader', 'generate', 'BatchReader',
            'generate_batch', 'beam_search', 'stream_text', 'complete', 'matching', 'one_of', 'keep_or_redraw',
-           'speculate']
+           'speculate', 'turn_wide']
 
 # %% ../nbs/09_generation.ipynb #a684d0a2
 import codecs
@@ -588,3 +588,13 @@ def _speculate(model, draft, ids, max_new_tokens, n_guesses, generator,
                 break
         for cache in caches + drafts:  # forget the guesses that were wrong
             cache.length = min(cache.length, len(ids) - 1)
+
+# %% ../nbs/09_generation.ipynb #9be07621
+def turn_wide(
+    model: TransformerLM,
+) -> TransformerLM:  # the same one, changed in place
+    "Lay matrices with more rows than columns out by columns in memory."
+    for weight in model.parameters():
+        if weight.dim() == 2 and weight.shape[0] > weight.shape[1]:
+            weight.data = weight.data.T.contiguous().T
+    return model
