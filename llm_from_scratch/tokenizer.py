@@ -141,8 +141,8 @@ def _cut(text: str, pattern: str, block_size: int) -> Iterator[list[str]]:
     if pattern != GPT2_PATTERN:
         yield (words := regex.findall(pattern, text))
         if sum(map(len, words)) < len(text):
-            raise ValueError(f"pattern {pattern!r} leaves out a part of the "
-                             r"text; a last branch \s+|. takes what is left")
+            raise ValueError(f"pattern {pattern} leaves out a part of the "
+                             "text")
         return
     start = 0
     while start < len(text):
