@@ -222,7 +222,8 @@ class Reader:
             new = self.window
             self.caches = self.model.new_caches() if self.use_cache else None
         device = self.model.embedding.weight.device
-        logits = self.model(torch.tensor([new], device=device), self.caches)
+        logits = self.model(torch.tensor([new], device=device), self.caches,
+                            last=1)
         return logits[0, -1].float().cpu()
 
 # %% ../nbs/09_generation.ipynb #2326760e
@@ -322,7 +323,7 @@ class BatchReader(Reader):
             new = [[0] * (width - len(ids)) + ids for ids in self.window]
         logits = self.model(
             torch.tensor(new, device=device), self.caches,
-            self.padding if self.padding.any() else None)
+            self.padding if self.padding.any() else None, last=1)
         return logits[:, -1].float().cpu()
 
     @torch.inference_mode()
@@ -555,7 +556,7 @@ def _logits_after(model, caches, ids, n):
     "(n, V): after each of the last n ids; reads what the caches lack."
     new = torch.tensor([ids[caches[0].length:]],
                        device=model.embedding.weight.device)
-    return model(new, caches)[0, -n:].float().cpu()
+    return model(new, caches, last=n)[0].float().cpu()
 
 
 def _speculate(model, draft, ids, max_new_tokens, n_guesses, generator,

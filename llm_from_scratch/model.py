@@ -356,8 +356,11 @@ class TransformerLM(nn.Module):
         caches: list[KVCache] | None = None,  # hold the positions before
         padding: Tensor | None = None,    # ids to ignore, on the left (B,)
         documents: Tensor | None = None,  # number at each position (B, S)
-    ) -> Tensor:                              # logits (B, T, V)
+        last: int | None = None,  # only so many positions, at the end
+    ) -> Tensor:                              # logits (B, T or last, V)
         "Scores of the token after each position."
+        if last is not None and last < 1:
+            raise ValueError(f"last is {last}; it must be at least 1")
         start, mask = _find_start(self, ids, caches), None
         if padding is not None or documents is not None:
             (B, T), room = ids.shape, self.config.context_length
@@ -368,6 +371,8 @@ class TransformerLM(nn.Module):
         x = self.dropout(x)
         for i, block in enumerate(self.blocks):
             x = block(x, caches[i] if caches else None, self.rotate, mask)
+        if last is not None:  # who writes needs no logits of the prompt
+            x = x[:, -last:]
         head = self.embedding if self.head is None else self.head
         return F.linear(self.norm(x), head.weight)           # (B, T, V)
 
