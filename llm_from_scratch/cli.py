@@ -37,8 +37,13 @@ from llm_from_scratch.data import (
     tokenize_corpus,
     write_tokens,
 )
-from .generation import check_sampling, complete, generate
-from .generation import stream_text
+from llm_from_scratch.generation import (
+    check_sampling,
+    complete,
+    generate,
+    matching,
+    stream_text,
+)
 from llm_from_scratch.model import (
     PRESETS,
     ModelConfig,
@@ -441,8 +446,22 @@ def generate_command(
         help="Choose among the k best tokens only.")] = None,
     top_p: Annotated[float | None, typer.Option(
         help="Choose among the best tokens that make up p.")] = None,
+    min_p: Annotated[float | None, typer.Option(
+        help="Choose among tokens of at least this share of the best.")] = None,
+    typical_p: Annotated[float | None, typer.Option(
+        help="Choose among the least surprising that make up p.")] = None,
     repetition_penalty: Annotated[float, typer.Option(
         help="Above 1: tokens that occurred become less likely.")] = 1.0,
+    presence_penalty: Annotated[float, typer.Option(
+        help="Taken from the logit of each token written before.")] = 0.0,
+    frequency_penalty: Annotated[float, typer.Option(
+        help="Taken as often as the token was written.")] = 0.0,
+    no_repeat_ngram: Annotated[int | None, typer.Option(
+        help="Never write so many tokens in a row twice.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(
+        help="End before this text; may be given again.")] = None,
+    match: Annotated[str | None, typer.Option(
+        help="Write only what matches this regular expression.")] = None,
     seed: Annotated[int | None, typer.Option(
         help="The same seed gives the same text.")] = None,
 ) -> None:
@@ -454,17 +473,23 @@ def generate_command(
     lm = load_model(weights)
     tokenizer = Tokenizer.load(words / "tokenizer.json")
     vocab_size, context = lm.config.vocab_size, lm.config.context_length
-    check_sampling(vocab_size, max_new_tokens, temperature, top_k, top_p,
-                   repetition_penalty)
+    settings = dict(
+        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+        typical_p=typical_p, repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty, no_repeat_ngram=no_repeat_ngram)
+    check_sampling(vocab_size, max_new_tokens, **settings)
+    allow = None if match is None else matching(tokenizer, match)
     end = tokenizer.special_tokens[END_OF_TEXT]
     ids = tokenizer.encode(prompt) or [end]
     if len(ids) > context:
         print(f"note: the prompt has {len(ids)} tokens; the model sees the "
               f"last {context}", file=sys.stderr)
+    written = generate(lm, ids, max_new_tokens, seed=seed, stop_ids=[end],
+                       allow=allow, **settings)
+    pieces = stream_text(tokenizer, written, stop or ())
     print(prompt, end="", flush=True)
-    for piece in stream_text(tokenizer, generate(
-            lm, ids, max_new_tokens, temperature, top_k, top_p,
-            repetition_penalty, seed, stop_ids=[end])):
+    for piece in pieces:
         print(piece, end="", flush=True)
     print()
 

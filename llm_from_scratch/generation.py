@@ -491,7 +491,11 @@ def matching(
 
     Only whole characters are put together, not bytes of them.
     """
-    whole, end = regex.compile(pattern), tokenizer.special_tokens[END_OF_TEXT]
+    try:
+        whole = regex.compile(pattern)
+    except regex.error as error:
+        raise ValueError(f"pattern {pattern!r}: {error}") from None
+    end = tokenizer.special_tokens[END_OF_TEXT]
     pieces = {i: tokenizer.decode([i]) for i in range(len(tokenizer.tokens))
               if i not in tokenizer.special_tokens.values()}
     pieces = {i: piece for i, piece in pieces.items() if "�" not in piece}
