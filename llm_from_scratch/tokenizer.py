@@ -297,7 +297,8 @@ def read_pieces(
                     yield rest[:end]
                     rest = rest[end:]
         except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is not UTF-8: {error}") from None
+            raise ValueError(f"{path} is not UTF-8 ({error.reason}); convert "
+                             "it first, for example with iconv") from None
     if rest:
         yield rest
 
