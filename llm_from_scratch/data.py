@@ -541,11 +541,11 @@ _ENGLISH = {"the", "be", "to", "of", "and", "that", "have", "with"}
 
 
 def quality_problems(text: str) -> list[str]:  # empty if there are none
-    "Why a text is hardly English prose, by the bounds of Gopher."
+    "Why a text is hardly English prose, by Gopher's bounds and one more."
     words = text.split()
     n = max(len(words), 1)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    marks = sum(text.count(mark) for mark in ("#", "...", "\u2026"))
+    marks = max(text.count("#"), text.count("...") + text.count("\u2026"))
     bullets = sum(line[0] in "-*\u2022" for line in lines)
     dots = sum(line.endswith(("...", "\u2026")) for line in lines)
     letters = sum(any(c.isalpha() for c in word) for word in words)
@@ -553,7 +553,7 @@ def quality_problems(text: str) -> list[str]:  # empty if there are none
         "fewer than 50 words": len(words) < 50,
         "more than 100,000 words": len(words) > 100_000,
         "words too short or long": not 3 <= sum(map(len, words)) / n <= 10,
-        "more marks than text": marks > 0.1 * n,
+        "too many marks": marks > 0.1 * n,
         "a list": bullets > 0.9 * len(lines),
         "cut lines": dots > 0.3 * len(lines),
         "too few letters": letters < 0.8 * n,
@@ -667,6 +667,7 @@ def split_documents(
         have = sum(sizes[j] for j in held)
         if have < wanted and have + sizes[i] <= 1.5 * wanted:
             held.append(int(i))
+    # at least one document on each side
     held = held[:len(documents) - 1] or [int(np.argmin(sizes))]
     train = [d for i, d in enumerate(documents) if i not in held]
     return train, [documents[i] for i in sorted(held)]
@@ -682,7 +683,7 @@ class TokenizedCorpus:
 
 
 def tokenize_corpus(
-    source: str,             # a name in CORPORA, or a folder
+    source: str,             # as `load_documents` takes it
     vocab_size: int = 1024,  # of a tokenizer trained on the training part
     fraction: float = 0.1,   # held out for validation
     seed: int = 0,           # of the split
