@@ -557,7 +557,7 @@ def from_hf_config(
     kind = content.get("model_type")
     if kind not in _CONFIG_NAMES:
         raise ValueError(f"model_type is {kind!r}; this package reads "
-                         + " and ".join(_CONFIG_NAMES))
+                         + ", ".join(_CONFIG_NAMES))
     content = _DEFAULTS[kind] | content  # the later one wins
     scaling = _take_scaling(content)
     _refuse_unknown(kind, content)
