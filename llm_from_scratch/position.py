@@ -167,7 +167,7 @@ def llama3_rates(
     low: float = 1.0,  # turns within `trained`: up to here, slowed in full
     high: float = 4.0,  # from here on, not at all
 ) -> Tensor:           # (Dh/2,)
-    "Slow only the pairs with few turns (Grattafiori et al. 2024)."
+    "Slow only the pairs with few turns, as the files of Llama 3.1 ask."
     turns = trained * rates / (2 * math.pi)
     return _keep(rates, ((turns - low) / (high - low)).clamp(0, 1), factor)
 
