@@ -192,6 +192,12 @@ def check_sampling(
         refuse("no_repeat_ngram", no_repeat_ngram, "1 or more")
 
 # %% ../nbs/09_generation.ipynb #faaa582a
+def _check_eval(model):
+    if model.training and model.config.dropout:
+        raise ValueError("the model would drop activations at random; "
+                         "call model.eval() before it writes")
+
+
 class Reader:
     "Feeds ids to a model and gives the logits of what comes next."
 
@@ -200,9 +206,7 @@ class Reader:
         model: TransformerLM,    # in evaluation mode, if it has dropout
         use_cache: bool = True,  # False: read the whole window every time
     ):
-        if model.training and model.config.dropout:
-            raise ValueError("the model would drop activations at random; "
-                             "call model.eval() before it writes")
+        _check_eval(model)
         self.model, self.use_cache = model, use_cache
         self.window: list[int] = []  # the ids that the model sees
         self.caches = None           # their keys and values
@@ -380,7 +384,7 @@ def beam_search(
     ids: Iterable[int],           # the prompt
     max_new_tokens: int = 50,
     n_beams: int = 4,
-    length_penalty: float = 1.0,  # 0: none; above 1 favours the long
+    length_penalty: float = 1.0,  # 0: the sum; 1: the mean
     early_stopping: bool | str = False,  # True, or "never"
     stop_ids: Iterable[int] = (),
 ) -> list[tuple[float, list[int]]]:  # scores, new ids; the best first
@@ -547,6 +551,8 @@ def speculate(
     if n_guesses < 1 or sizes[0] != sizes[1]:
         raise ValueError(f"n_guesses is {n_guesses}, the vocabularies have "
                          f"{sizes} entries; it must be 1 or more, they equal")
+    for m in (model, draft):
+        _check_eval(m)
     room = min(m.config.context_length for m in (model, draft))
     if len(ids) + max_new_tokens > room:
         raise ValueError(f"{len(ids)} + {max_new_tokens} tokens do not fit "
@@ -565,7 +571,7 @@ def _logits_after(model, caches, ids, n):
 
 def _speculate(model, draft, ids, max_new_tokens, n_guesses, generator,
                stop_ids, settings):
-    caches, drafts = Reader(model).model.new_caches(), draft.new_caches()
+    caches, drafts = model.new_caches(), draft.new_caches()
     n_prompt, end = len(ids), len(ids) + max_new_tokens
 
     def chances(logits, so_far):
