@@ -141,9 +141,11 @@ def fused_attention(
     elif mask is not None:
         bias = mask if bias is None else bias + mask
     if bias is not None:
+        # from here on numbers to add, no longer Trues and Falses
         allowed = bias.to(q.dtype).masked_fill(~allowed, float("-inf"))
     if allowed is not None and allowed.dim() == 3:
         allowed = allowed[None]  # the fused kernels ask for (B, H, T, S)
+    # bool, since T is a symbol while a model is being exported
     return F.scaled_dot_product_attention(
         q, k, v, allowed, dropout, is_causal=allowed is None and bool(T > 1),
         enable_gqa=q.shape[1] != k.shape[1])
