@@ -852,6 +852,8 @@ def activation_bytes(
     norms = 2 * c.n_layers * kept * c.d_model
     norms += (kept if c.pre_norm else 1) * c.d_model
     q, k = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
+    # projection and result, a logarithm a head; turned queries and keys;
+    # normalized ones, and the result once more, copied into rows
     heads = (2 * q + 2 * k + c.n_heads + (c.position == "rotary") * (q + k)
              + c.qk_norm * (2 * q + k))
     wide = {"swiglu": 4, "gelu": 2, "relu": 1}[c.activation] * c.d_ff
