@@ -238,7 +238,7 @@ class LossScaler:
         "Divide the gradients by the scale; adapt it, and judge the step."
         grads = [p.grad for p in params if p.grad is not None]
         torch._foreach_div_(grads, self.scale)
-        finite = all(torch.stack([g.isfinite().all() for g in grads]))
+        finite = torch.stack([g.isfinite().all() for g in grads]).all().item()
         self.calm = self.calm + 1 if finite else 0
         if not finite:
             self.scale /= 2
