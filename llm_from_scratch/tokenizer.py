@@ -451,15 +451,17 @@ class _WordCache(dict):
 
     def learn(self, words: Sequence[str]) -> None:
         "Work out the ids of some words."
-        rows = [[self.byte_ids[byte] for byte in word.encode("utf-8")]
-                for word in words]
-        if sum(map(len, rows)) < 200:
+        data = [word.encode("utf-8") for word in words]
+        sizes = list(map(len, data))
+        if sum(sizes) < 200:
+            rows = [[self.byte_ids[byte] for byte in word] for word in data]
             merged = [merge_by_rank(row, self.ranks) for row in rows]
         else:
-            number = np.repeat(np.arange(len(rows)), list(map(len, rows)))
-            symbols = np.fromiter(chain.from_iterable(rows), np.int64)
+            number = np.repeat(np.arange(len(data)), sizes)
+            table = np.array([self.byte_ids[byte] for byte in range(256)])
+            symbols = table[np.frombuffer(b"".join(data), np.uint8)]
             ids, number = _merge_together(symbols, number, self.together)
-            sizes = np.bincount(number, minlength=len(rows))
+            sizes = np.bincount(number, minlength=len(data))
             ends, ids = np.cumsum(sizes).tolist(), ids.tolist()
             merged = [tuple(ids[a:b]) for a, b in zip([0, *ends], ends)]
         self.update(zip(words, merged))
