@@ -20,7 +20,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from functools import lru_cache
-from itertools import chain
+from itertools import chain, islice
 from operator import add
 from pathlib import Path
 
@@ -444,7 +444,7 @@ class _WordCache(dict):
 
     def __init__(self, byte_ids: dict[int, int], ranks: dict):
         self.byte_ids, self.ranks = byte_ids, ranks
-        self.together, self.lock = _Ranks(ranks), threading.Lock()
+        self.together, self.lock = _Ranks(ranks), threading.RLock()
 
     def __reduce__(self):  # a copy, or another process, starts empty
         return type(self), (self.byte_ids, self.ranks)
@@ -466,26 +466,39 @@ class _WordCache(dict):
             merged = [tuple(ids[a:b]) for a, b in zip([0, *ends], ends)]
         self.update(zip(words, merged))
 
-    def look_up(self, blocks: Sequence[list[str]]) -> list[list[int]]:
+    def ids_of(self, block: list[str]) -> list[int]:
+        "The ids of some words; KeyError if one is new."
+        return list(chain.from_iterable(map(self.__getitem__, block)))
+
+    def look_up(self, blocks: Iterable[list[str]]) -> list[list[int]]:
         "The ids of each block of words."
-        def gather():
-            return [list(chain.from_iterable(map(self.__getitem__, block)))
-                    for block in blocks]
+        rows, waiting, held = [], [], 0
+
+        def meet_new_words():
+            met = set(chain.from_iterable(rows[i] for i in waiting))
+            new = [word for word in met if word not in self]
+            self.learn(new)
+            for i in waiting:
+                rows[i] = self.ids_of(rows[i])
+            for word in new:  # bounded memory
+                if len(word) > 64:
+                    del self[word]
 
         with self.lock:
-            try:
-                return gather()
-            except KeyError:
-                met = set(chain.from_iterable(blocks))
-                new = [word for word in met if word not in self]
-                self.learn(new)
-                found = gather()
-            if len(self) > 2**18:  # bounded memory
+            if len(self) > 2**18:
                 self.clear()
-            for word in new:
-                if len(word) > 64:
-                    self.pop(word, None)
-            return found
+            for block in blocks:
+                try:
+                    block = self.ids_of(block)
+                except KeyError:  # it waits for others like it
+                    waiting.append(len(rows))
+                    held += len(block)
+                rows.append(block)
+                if held > 2**15:
+                    meet_new_words()
+                    waiting, held = [], 0
+            meet_new_words()
+        return rows
 
 # %% ../nbs/01_tokenizer.ipynb #0b834954
 def _number_special(
@@ -539,20 +552,17 @@ class ByteBPE:
 
     def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
         "Encode many texts as `encode_ordinary` does, in less time."
-        out, rows, blocks, held = [], [], [], 0
-        for text in texts:
-            out.append([])
-            for block in _cut(text, self.pattern, 2**14):
-                rows.append(out[-1])
-                blocks.append(block)
-                held += len(block)
-                if held > 2**16:
-                    for row, ids in zip(rows, self._words.look_up(blocks)):
-                        row += ids
-                    rows, blocks, held = [], [], 0
-        for row, ids in zip(rows, self._words.look_up(blocks)):
-            row += ids
-        return out
+        sizes = []  # how many blocks each text has
+
+        def blocks():
+            for text in texts:
+                sizes.append(0)
+                for block in _cut(text, self.pattern, 2**14):
+                    sizes[-1] += 1
+                    yield block
+
+        rows = iter(self._words.look_up(blocks()))
+        return [list(chain.from_iterable(islice(rows, n))) for n in sizes]
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         "Join the bytes of each id; an id that is not there is an error."

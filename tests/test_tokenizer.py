@@ -139,6 +139,14 @@ def test_a_batch_is_its_texts():
     assert ours().encode_batch([]) == []
 
 
+def test_texts_may_come_from_the_tokenizer_itself():
+    tokenizer = Tokenizer(ours().merges)
+    lines = play().splitlines()[:300]
+    copies = (tokenizer.decode(tokenizer.encode(line)) for line in lines)
+    assert tokenizer.encode_batch(copies) == [
+        ours().encode(line) for line in lines]
+
+
 @pytest.mark.parametrize("pattern", ["(a)|.", "[", r"\w+"])
 def test_bad_patterns_are_refused(pattern):
     with pytest.raises(ValueError, match="pattern") as error:
