@@ -447,7 +447,7 @@ def generate_command(
     top_p: Annotated[float | None, typer.Option(
         help="Choose among the best tokens that make up p.")] = None,
     min_p: Annotated[float | None, typer.Option(
-        help="Choose among tokens of at least this share of the best.")] = None,
+        help="Choose among those of this share of the best.")] = None,
     typical_p: Annotated[float | None, typer.Option(
         help="Choose among the least surprising that make up p.")] = None,
     repetition_penalty: Annotated[float, typer.Option(
