@@ -37,8 +37,8 @@ from llm_from_scratch.data import (
 )
 from llm_from_scratch.tokenizer import END_OF_TEXT, Tokenizer
 
-many = settings(deadline=None, max_examples=150)
-few = settings(deadline=None, max_examples=40)
+many = settings(max_examples=150)
+few = settings(max_examples=40)
 seeds = st.integers(0, 2**31)
 
 
@@ -99,18 +99,24 @@ def test_an_id_outside_the_vocabulary_is_refused(
     assert not path.exists()
 
 
+def write_shard(tmp_path_factory, shard, name):
+    "The path of a token file, and its ids."
+    vocab_size, blocks = shard
+    path = tmp_path_factory.getbasetemp() / name
+    write_tokens(path, (np.array(block) for block in blocks), vocab_size)
+    return path, sum(blocks, [])
+
+
 @many
 @given(shards(), st.data())
 def test_a_flipped_bit_is_refused_or_harmless(tmp_path_factory, shard, data):
-    vocab_size, blocks = shard
-    path = tmp_path_factory.getbasetemp() / "flipped.tokens"
-    write_tokens(path, (np.array(block) for block in blocks), vocab_size)
+    path, ids = write_shard(tmp_path_factory, shard, "flipped.tokens")
     raw = bytearray(path.read_bytes())
     place = data.draw(st.integers(0, len(raw) - 1))
     raw[place] ^= 1 << data.draw(st.integers(0, 7))
     path.write_bytes(raw)
     try:
-        assert open_tokens(path).tolist() == sum(blocks, [])
+        assert open_tokens(path).tolist() == ids
         assert place < 256  # space in the header, or a field that is not used
     except ValueError as error:
         assert str(path) in str(error)
@@ -119,9 +125,7 @@ def test_a_flipped_bit_is_refused_or_harmless(tmp_path_factory, shard, data):
 @many
 @given(shards(), st.data())
 def test_a_cut_or_longer_shard_is_refused(tmp_path_factory, shard, data):
-    vocab_size, blocks = shard
-    path = tmp_path_factory.getbasetemp() / "cut.tokens"
-    write_tokens(path, (np.array(block) for block in blocks), vocab_size)
+    path, _ = write_shard(tmp_path_factory, shard, "cut.tokens")
     raw = path.read_bytes()
     size = data.draw(st.integers(0, len(raw) - 1))
     for broken in (raw[:size], raw + raw[: size + 1]):
@@ -316,7 +320,7 @@ def test_a_jsonl_file_holds_any_texts(tmp_path_factory, texts):
     ]
 
 
-@settings(deadline=None, max_examples=500)
+@settings(max_examples=500)
 @given(st.text())
 def test_cleaning_twice_is_cleaning_once(text):
     once = clean_text(text)

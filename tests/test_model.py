@@ -85,7 +85,7 @@ def cuts_of(places):
 
 
 cuts = st.sets(st.integers(1, T - 1), max_size=5).map(cuts_of)
-any_model = settings(max_examples=60, deadline=None, derandomize=True)
+any_model = settings(max_examples=60)
 
 
 def in_pieces(model, ids, sizes, **told):

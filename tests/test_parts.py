@@ -33,7 +33,7 @@ from llm_from_scratch.position import (
 CONTEXT = 64
 seeds = st.integers(0, 2**31 - 1)
 places = st.integers(0, CONTEXT - 1)
-few = settings(max_examples=40, deadline=None)
+few = settings(max_examples=40)
 
 
 def draw(seed, *shape):
