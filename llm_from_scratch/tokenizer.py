@@ -136,7 +136,9 @@ _PLAIN = re.compile("|".join([
 _BREAK = re.compile(r"(?<=\S)(?=[ \n])")
 
 
-def _cut(text: str, pattern: str, block_size: int) -> Iterator[list[str]]:
+def _cut(
+    text: str, pattern: str, block_size: int = 2**14,
+) -> Iterator[list[str]]:
     "The words of a text, block by block."
     if pattern != GPT2_PATTERN:
         yield (words := regex.findall(pattern, text))
@@ -317,7 +319,7 @@ def _batches(texts: Iterable[str], size: int) -> Iterator[list[str]]:
 
 
 def _count_batch(texts: list[str], pattern: str) -> Counter:
-    cut = (block for text in texts for block in _cut(text, pattern, 2**14))
+    cut = (block for text in texts for block in _cut(text, pattern))
     return Counter(chain.from_iterable(cut))
 
 
@@ -557,7 +559,7 @@ class ByteBPE:
         def blocks():
             for text in texts:
                 sizes.append(0)
-                for block in _cut(text, self.pattern, 2**14):
+                for block in _cut(text, self.pattern):
                     sizes[-1] += 1
                     yield block
 
