@@ -20,7 +20,7 @@ html pdf epub wheel: data  ## one product only
 test: data      ## sync, lint, every notebook, every test
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest tests/test_sync.py
-	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2
+	OMP_NUM_THREADS=1 $(BIN)/python book/build.py test
 	$(BIN)/python -m pytest tests --ignore tests/test_sync.py
 
 lab: data       ## open the notebooks

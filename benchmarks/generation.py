@@ -8,15 +8,14 @@ Usage: python benchmarks/generation.py [--new N] [--rounds N] [--batch 1 8]
 
 import argparse
 import json
-import platform
 import statistics
-import sys
 import tempfile
 import time
 
 import torch
 from rich.console import Console
 from rich.table import Table
+from timing import provenance
 
 from llm_from_scratch.generation import generate, generate_batch, quicken
 from llm_from_scratch.model import TransformerLM, preset, save_model
@@ -69,23 +68,6 @@ def compare(pair, ids, n, rounds):
                 seconds[i].append(time.perf_counter() - began)
     pairs = [a == b for row in zip(*texts) for a, b in zip(*row, strict=True)]
     return *map(statistics.median, seconds), sum(pairs) / len(pairs)
-
-
-def save(path, rows):
-    "Ratios, and where they come from."
-    import transformers
-
-    content = {
-        "command": "python " + " ".join(sys.argv),
-        "seed": 0,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "processor": f"{platform.machine()}, "
-        + torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
-        "rows": rows,
-    }
-    write_file(path, json.dumps(content, indent=1) + "\n")
 
 
 def main():
@@ -141,7 +123,8 @@ def main():
             )
     Console().print(grid)
     if args.save:
-        save(args.save, rows)
+        content = provenance() | {"rows": rows}
+        write_file(args.save, json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":

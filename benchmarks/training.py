@@ -3,27 +3,31 @@
 Two shapes, that of nanoGPT's settings for a CPU (0.8 million parameters) and
 that of its settings for a GPU (10.7 million), characters, no dropout. Same
 shape, batch and threads, all steps in turns in one run, medians; the peer in
-fp32 and bf16, as it is and compiled. Products of float32 may use the fast
-path (`medium`) for all. The last column: the share of the fastest product of
-matrices that this machine does.
+fp32 and bf16, as it is and compiled, with the attention that it takes by
+itself (sdpa) and with the one that holds its weights (eager). Products of
+float32 may use the fast path (`medium`) for all. The last column: the share of
+the fastest product of matrices that this machine does.
 Usage: python benchmarks/training.py [--steps N] [--shape small large]
+       [--save FILE]
 """
 
 import argparse
+import json
 import time
 from contextlib import ExitStack
 from functools import partial
-from itertools import count, repeat
+from itertools import count, product, repeat
 
 import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
-from timing import interleave
+from timing import interleave, provenance
 from torch.nn import functional as F
 
 from llm_from_scratch.data import Windows
 from llm_from_scratch.model import ModelConfig, TransformerLM, flops_per_token
+from llm_from_scratch.tokenizer import write_file
 from llm_from_scratch.training import (
     AdamW,
     TrainConfig,
@@ -62,11 +66,11 @@ def ours(shape, windows, stack):
     return step, why, sum(p.numel() for p in model.parameters())
 
 
-def make_gpt2(shape):
+def make_gpt2(shape, attention="sdpa"):
     "GPT-2 of transformers in the shape of a ModelConfig, without dropout."
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    return GPT2LMHeadModel(
+    model = GPT2LMHeadModel(
         GPT2Config(
             vocab_size=shape.vocab_size,
             n_positions=shape.context_length,
@@ -81,10 +85,12 @@ def make_gpt2(shape):
             use_cache=False,
         )
     ).train()
+    model.set_attn_implementation(attention)
+    return model
 
 
-def peer(shape, windows, bf16, compiled):
-    model = make_gpt2(shape)
+def peer(shape, windows, bf16, compiled, attention):
+    model = make_gpt2(shape, attention)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     params = list(model.parameters())
     forward = torch.compile(model) if compiled else model
@@ -120,11 +126,11 @@ def measure(name, rounds):
     windows = Windows(ids, shape.context_length, batch_size)
     with ExitStack() as stack:
         runs = {"ours": ours(shape, windows, stack)}
-        for bf16 in (False, True):
-            for compiled in (False, True):
-                title = f"GPT-2, {'bf16' if bf16 else 'fp32'}"
-                title += ", compiled" if compiled else ""
-                runs[title] = peer(shape, windows, bf16, compiled)
+        for form in product((False, True), (False, True), ("sdpa", "eager")):
+            bf16, compiled, attention = form
+            title = f"GPT-2, {'bf16' if bf16 else 'fp32'}, {attention}"
+            title += ", compiled" if compiled else ""
+            runs[title] = peer(shape, windows, *form)
         torch.set_float32_matmul_precision("medium")  # for all alike
         jobs = {
             title: partial(next, map(partial, repeat(step), count()))
@@ -133,7 +139,7 @@ def measure(name, rounds):
         seconds = interleave(jobs, rounds, warmup=3)
     tokens = batch_size * shape.context_length
     best = min(s for n, s in seconds.items() if n != "ours")
-    peak = best_product()
+    peak, rows = best_product(), []
     grid = Table(
         title=f"{name}: {tokens:,} tokens a step, {torch.get_num_threads()} "
         f"threads, median of {rounds}; product of matrices in bf16: "
@@ -150,14 +156,22 @@ def measure(name, rounds):
         grid.add_column(column, justify="right")
     for title, (_, _, size) in runs.items():
         speed = tokens / seconds[title]
+        row = {
+            "model": title,
+            "parameters": size,
+            "of_peers_best": best / seconds[title],
+            "of_product": flops_per_token(shape) * speed / peak,
+        }
         grid.add_row(
             title,
             f"{size:,}",
             f"{speed:,.0f}",
-            f"{best / seconds[title]:.2f}",
-            f"{flops_per_token(shape) * speed / peak:.0%}",
+            f"{row['of_peers_best']:.2f}",
+            f"{row['of_product']:.0%}",
         )
+        rows.append(row)
     Console(width=100).print(grid)
+    return rows
 
 
 def main():
@@ -166,10 +180,13 @@ def main():
     parser.add_argument(
         "--shape", nargs="+", choices=list(SHAPES), default=list(SHAPES)
     )
+    parser.add_argument("--save", help="a file for the ratios")
     args = parser.parse_args()
     torch.manual_seed(0)
-    for name in args.shape:
-        measure(name, args.steps)
+    rows = {name: measure(name, args.steps) for name in args.shape}
+    if args.save:
+        content = json.dumps(provenance() | {"rows": rows}, indent=1)
+        write_file(args.save, content + "\n")
 
 
 if __name__ == "__main__":

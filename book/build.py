@@ -1,7 +1,8 @@
-"""Build the book: `python book/build.py all|html|pdf|epub|wheel|stage`.
+"""Build the book: `python book/build.py all|html|pdf|epub|wheel|stage|test`.
 
 Notebooks are executed and staged, then each product is made, unless nothing
-that it depends on has changed since it was made last.
+that it depends on has changed since it was made last. `test` gives nbdev_test
+the notebooks that no build has run to the end as they are now.
 """
 import argparse
 import hashlib
@@ -15,8 +16,8 @@ from pathlib import Path
 
 os.environ.setdefault("SOURCE_DATE_EPOCH", "1767225600")  # 2026-01-01
 sys.path[0] = str(Path(__file__).resolve().parents[1])
-from book.execute import ROOT, execute  # noqa: E402
-from book.stage import BookError, read_book, stage  # noqa: E402
+from book.execute import ROOT, execute, kept_outputs  # noqa: E402
+from book.stage import BookError, Chapter, read_book, stage  # noqa: E402
 
 HERE = ROOT / "book"
 NAME = "llm-from-scratch"
@@ -159,16 +160,32 @@ def make(product: str, out: Path) -> str:
     return f"{product:<6}{shown:<40}{size / 2**20:6.1f} MB  {took}"
 
 
+def test(book: list[Chapter], cache: Path) -> int:
+    "Run what no build has run: a cell that fails leaves no outputs there."
+    stems = [chapter.path.stem for chapter in book
+             if not kept_outputs(chapter, cache).exists()]
+    passed = len(book) - len(stems)
+    if passed:
+        print(f"{passed} notebooks ran to their end when the book was built")
+    if not stems:
+        return 0
+    command = Path(sys.executable).with_name("nbdev_test")
+    return subprocess.run([command, "--n_workers", "2", "--file_re",
+                           rf"^({'|'.join(stems)})\.ipynb$"]).returncode
+
+
 def main() -> int:
     "The command line."
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("product", choices=["all", "stage", *BUILDERS])
+    parser.add_argument("product", choices=["all", "stage", "test", *BUILDERS])
     parser.add_argument("--toc", type=Path, default=ROOT / "_toc.yml")
     parser.add_argument("--out", type=Path, default=ROOT / "_build")
     args = parser.parse_args()
     names = list(BUILDERS) if args.product == "all" else [args.product]
     out = args.out.resolve()
     try:
+        if args.product == "test":
+            return test(read_book(args.toc.resolve()), out / "cache")
         if args.product != "wheel":
             book = read_book(args.toc.resolve())
             execute(book, out / "cache")

@@ -138,11 +138,11 @@ def last_duration(chapter: Chapter, cache: Path) -> float:
 
 
 async def run_all(todo: list, cache: Path, jobs: int, root: Path) -> None:
-    "Execute (chapter, key) pairs, the longest first."
+    "Execute (chapter, file for its outputs) pairs, the longest first."
     limit, problems, running = asyncio.Semaphore(jobs), [], []
     bar = tqdm(total=len(todo), unit="chapter", desc="executing")
 
-    async def work(chapter, key):
+    async def work(chapter, file):
         async with limit:
             running.append(chapter.path.stem)
             bar.set_postfix_str(", ".join(running))
@@ -151,7 +151,7 @@ async def run_all(todo: list, cache: Path, jobs: int, root: Path) -> None:
                 outputs = await run(chapter, root)
                 text = json.dumps({"seconds": time.monotonic() - start,
                                    "outputs": outputs})
-                (cache / f"{chapter.path.stem}-{key}.json").write_text(text)
+                file.write_text(text)
             except BookError as error:
                 problems.append(str(error))
             finally:
@@ -166,18 +166,21 @@ async def run_all(todo: list, cache: Path, jobs: int, root: Path) -> None:
         raise BookError("\n".join(problems))
 
 
+def kept_outputs(chapter: Chapter, cache: Path, root: Path = ROOT) -> Path:
+    "Where the outputs stand if the notebook as it is now ran to its end."
+    return cache / f"{chapter.path.stem}-{cache_key(chapter, root)}.json"
+
+
 def execute(book: list[Chapter], cache: Path, jobs: int = 2,
             root: Path = ROOT) -> list[str]:
     "Fill in the outputs of every cell; return the notebooks that had to run."
     cache.mkdir(parents=True, exist_ok=True)
-    keys = [(chapter, cache_key(chapter, root)) for chapter in book]
-    todo = [(chapter, key) for chapter, key in keys
-            if not (cache / f"{chapter.path.stem}-{key}.json").exists()]
+    files = [(chapter, kept_outputs(chapter, cache, root)) for chapter in book]
+    todo = [(chapter, file) for chapter, file in files if not file.exists()]
     if todo:
         asyncio.run(run_all(todo, cache, jobs, root))
-    for chapter, key in keys:
-        kept = (cache / f"{chapter.path.stem}-{key}.json").read_text("utf-8")
-        outputs = json.loads(kept)["outputs"]
+    for chapter, file in files:
+        outputs = json.loads(file.read_text("utf-8"))["outputs"]
         for cell, raw in zip(executed(chapter), outputs, strict=True):
             cell.outputs = simplify(raw)
     return [chapter.path.stem for chapter, _ in todo]

@@ -128,11 +128,16 @@ def orthogonalize(
     "Newton-Schulz with the coefficients of Muon (Jordan et al. 2024)."
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = x.shape[-2] > x.shape[-1]
-    x = x.mT if tall else x   # the shorter side makes the smaller products
+    x = x.mT if tall else x   # the shorter side makes the smaller square
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for _ in range(n_rounds):
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
+    gram, turn = x @ x.mT, None
+    one = torch.eye(x.shape[-2], dtype=x.dtype, device=x.device)
+    for n in range(n_rounds):
+        factor = a * one + b * gram + c * gram @ gram
+        turn = factor if turn is None else factor @ turn
+        if n + 1 < n_rounds:
+            gram = factor @ gram @ factor
+    x = turn @ x
     return x.mT if tall else x
 
 # %% ../nbs/08_training.ipynb #698eddc9
