@@ -101,6 +101,23 @@ def test_a_second_build_executes_nothing(tiny):
     assert (tiny / "print" / "book.md").read_bytes() == kept
 
 
+def test_only_what_no_build_has_run_is_run(tiny, monkeypatch, capsys):
+    called = []
+
+    def run(command, **_):
+        called.append(command[-1])
+        return type("Done", (), {"returncode": 3})()
+
+    monkeypatch.setattr(build.subprocess, "run", run)
+    book = read_book(TOC)
+    assert build.test(book, tiny / "cache") == 0 and not called
+    assert capsys.readouterr().out.startswith("4 notebooks ran")
+    changed = next(c for c in book[2].cells if c.kind == "code")
+    changed.source += "\n1"
+    assert build.test(book, tiny / "cache") == 3
+    assert called == [rf"^({book[2].path.stem})\.ipynb$"]
+
+
 def test_a_fresh_build_gives_the_same_text(tiny, tmp_path):
     book = read_book(TOC)
     execute(book, tmp_path / "cache", jobs=1)
