@@ -193,7 +193,7 @@ class MultiHeadAttention(nn.Module):
         self.n_heads, self.n_kv_heads = n_heads, n_kv_heads
         self.head_dim = head_dim or d_model // n_heads
         self.dropout, self.score_bias = dropout, score_bias
-        self.holds = False  # the weights, where that is faster
+        self.holds = False  # True: use `held_attention` if possible
         width = (n_heads + 2 * n_kv_heads) * self.head_dim
         self.qkv = nn.Linear(d_model, width, bias=bias)
         self.out = nn.Linear(n_heads * self.head_dim, d_model, bias=bias)
@@ -202,7 +202,7 @@ class MultiHeadAttention(nn.Module):
     def forward(
         self,
         x: Tensor,                     # (B, T, D)
-        cache: KVCache | None = None,  # holds the positions before x
+        cache: KVCache | None = None,  # of the positions before x
         rotate: Callable[[Tensor, int], Tensor] | None = None,
         mask: Tensor | None = None,    # True where allowed, or a bias
     ) -> Tensor:                       # (B, T, D)

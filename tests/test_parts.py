@@ -11,7 +11,12 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from llm_from_scratch.attention import KVCache
+from llm_from_scratch.attention import (
+    KVCache,
+    MultiHeadAttention,
+    fused_attention,
+    held_attention,
+)
 from llm_from_scratch.block import (
     Block,
     FeedForward,
@@ -112,6 +117,42 @@ def test_norms_forget_what_they_promise(seed, D, factor, constant):
                                rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(
         rms(x).square().mean(-1), torch.ones(3, dtype=torch.float64))
+
+
+@few
+@given(seeds, st.integers(1, 20), st.sampled_from([1, 2, 6]),
+       st.sampled_from([(torch.float32, 1e-5), (torch.bfloat16, 0.06)]))
+def test_holding_the_weights_changes_nothing(seed, T, n_kv_heads, kind):
+    dtype, eps = kind
+    q = draw(seed, 2, 6, T, 8).requires_grad_()
+    k, v = (draw(seed + i, 2, n_kv_heads, T, 8).requires_grad_()
+            for i in (1, 2))
+    expected = fused_attention(q, k, v)
+    ours = held_attention(*(x.to(dtype) for x in (q, k, v)))
+    assert ours.dtype == dtype
+    torch.testing.assert_close(ours.float(), expected, rtol=eps, atol=eps)
+    grads = [torch.autograd.grad(y.float().square().mean(), (q, k, v))
+             for y in (ours, expected)]
+    for held, fused in zip(*grads, strict=True):
+        torch.testing.assert_close(held, fused, rtol=eps, atol=eps)
+
+
+@few
+@given(seeds, st.integers(1, 20), st.sampled_from([1, 2, 4]), st.booleans())
+@torch.no_grad()
+def test_a_layer_that_holds_is_the_same_layer(seed, T, n_kv_heads, is_apart):
+    torch.manual_seed(seed)
+    layer = MultiHeadAttention(32, 4, n_kv_heads=n_kv_heads).eval()
+    x, mask = draw(seed, 2, T, 32), None
+    if is_apart:  # held weights know no mask and no cache: not used there
+        mask = torch.eye(T) > 0
+    caches = [KVCache(2, n_kv_heads, T, 8) for _ in range(2)]
+    found = []
+    for layer.holds, cache in zip((False, True), caches):
+        pieces = [layer(part, cache) for part in x.split([1, T - 1], 1)
+                  if part.shape[1]]
+        found.append([layer(x, mask=mask), torch.cat(pieces, 1)])
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=1e-5)
 
 
 BLOCKS = {
