@@ -375,7 +375,7 @@ def test_llama_and_qwen_are_read_as_tokenizers_reads_them(
     vocab, merges = all_pairs([*BASE, *order])
     rust = write_like(makers, vocab, merges, folder)
     ours = read_tokenizer(folder)
-    for text in texts:
+    for text in [*texts, " king\ncafé cafe\u0301"]:  # whole words, accents
         wanted = rust.encode(text, add_special_tokens=False).ids
         assert ours.encode(text) == wanted
         assert ours.decode(wanted) == rust.decode(wanted)
