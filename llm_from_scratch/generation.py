@@ -612,9 +612,9 @@ class PackedWeight:
         weight: Tensor,  # (F, D), float32 or bfloat16, on the CPU
     ):
         weight, n = weight.detach(), 2 - weight.shape[1] % 2
-        if weight.dtype == torch.float32:  # turned, in halves
+        if weight.dtype == torch.float32:  # transposed, in halves
             self.halves = weight.T.contiguous().view(n, -1, len(weight))
-        else:                              # 8: the rows it is best for
+        else:                              # 8 rows: a hint for the layout
             self.halves = None
             self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, 8)
 
@@ -623,15 +623,18 @@ class PackedWeight:
         "What PyTorch does when `F.linear` is given one of these."
         if function is not F.linear:
             return NotImplemented
-        x, weight, bias = (*args, None)[:3]
-        if weight.halves is None:
-            return torch.ops.mkldnn._linear_pointwise(
-                x, weight.packed, bias, "none", [], "")
-        n, width, _ = weight.halves.shape
-        rows = x.reshape(-1, n, width).transpose(0, 1)  # (n, rows, D / n)
-        product = torch.bmm(rows, weight.halves).sum(0)
-        product = product if bias is None else product.add_(bias)
-        return product.view(*x.shape[:-1], -1)
+
+        def linear(input, weight, bias=None):  # by place or by name
+            if weight.halves is None:
+                return torch.ops.mkldnn._linear_pointwise(
+                    input, weight.packed, bias, "none", [], "")
+            n, width, _ = weight.halves.shape
+            rows = input.reshape(-1, n, width).transpose(0, 1)
+            product = torch.bmm(rows, weight.halves).sum(0)  # (rows, F)
+            product = product if bias is None else product.add_(bias)
+            return product.view(*input.shape[:-1], -1)
+
+        return linear(*args, **(kwargs or {}))
 
 
 def _can_pack(

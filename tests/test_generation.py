@@ -4,9 +4,12 @@ import itertools
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from llm_from_scratch.generation import (
+    PackedWeight,
     Reader,
+    _can_pack,
     beam_search,
     check_sampling,
     generate,
@@ -103,6 +106,30 @@ def test_packed_matrices_change_no_token(any_model):
             for s, p in enumerate(prompts)]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("D", [32, 33])
+@torch.inference_mode()
+def test_a_packed_weight_takes_arguments_by_place_and_by_name(D, dtype):
+    torch.manual_seed(0)
+    weight, bias = torch.randn(48, D).to(dtype), torch.randn(48).to(dtype)
+    if not _can_pack(weight):
+        pytest.skip("no such layout here")
+    packed = PackedWeight(weight)
+    for x in (torch.randn(1, D), torch.randn(2, 3, D)):
+        x = x.to(dtype)
+        plain, whole = F.linear(x, weight), F.linear(x, weight, bias)
+        for ours, expected in (
+                (F.linear(x, packed), plain),
+                (F.linear(x, packed, None), plain),
+                (F.linear(x, weight=packed), plain),
+                (F.linear(x, packed, bias), whole),
+                (F.linear(x, packed, bias=bias), whole),
+                (F.linear(bias=bias, weight=packed, input=x), whole)):
+            torch.testing.assert_close(ours, expected)
+    with pytest.raises(TypeError):
+        F.linear(x, packed, bias, 3)
+
+
 @pytest.mark.parametrize("is_tied", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.inference_mode()
@@ -115,6 +142,9 @@ def test_packing_leaves_the_model_as_it_was(is_tied, dtype):
     ids = torch.randint(V, (2, CONTEXT))
     expected, quick = model(ids), quicken(model)
     torch.testing.assert_close(quick(ids), expected)
+    if _can_pack(model.embedding.weight):
+        for holder in (quick.head, quick.blocks[1].attention.out):
+            assert isinstance(holder.weight, PackedWeight)
     assert quick.embedding.weight is model.embedding.weight
     assert before.keys() == model.state_dict().keys()
     assert all(torch.equal(w, before[n])
