@@ -20,11 +20,12 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -32,7 +33,7 @@ from torch import Tensor, nn
 from torch.distributed import checkpoint as dcp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -46,11 +47,11 @@ from llm_from_scratch.model import (
 from .recurrent import mean_loss
 from .tokenizer import write_file
 from llm_from_scratch.training import (
-    AdamW, Diverged, Interrupted, Muon, TrainConfig, autocast,
-    clip_gradients, learning_rate, parameter_groups, recompute,
-    _checksum, _checksums, _choose_precision, _cut_log, _highest_loss,
-    _mark, _remove, _require_same_plan, _require_same_shape, _show,
-    _write_record,
+    AdamW, Diverged, Interrupted, LossScaler, Muon, TrainConfig, autocast,
+    clip_gradients, learning_rate, orthogonalize, parameter_groups, recompute,
+    _Board, _checksum, _checksums, _choose_precision, _cut_log,
+    _highest_loss, _keep_batch, _mark, _remove, _require_same_plan,
+    _require_same_shape, _show, _write_record,
 )
 
 # %% ../nbs/11_distributed.ipynb #e0302fc9
@@ -117,20 +118,22 @@ class Team:
     ) -> list[str]:             # by rank
         "What each rank says; all must ask, in the same order."
         stem = f"gather/{next(self._calls)}"
-        limit = timedelta(seconds=self.timeout * patience)
+        limit = self.timeout * patience
         self.store.set(f"{stem}/{self.rank}", word)
         if self.rank == 0:
             keys = [f"{stem}/{rank}" for rank in range(self.size)]
-            self.store.wait(keys, limit)
+            _wait(self.store, keys, limit)
             words = [self.store.get(key).decode() for key in keys]
             self.store.set(f"{stem}/all", json.dumps(words))
-        self.store.wait([f"{stem}/all"], limit)
+        _wait(self.store, [f"{stem}/all"], limit)
         return json.loads(self.store.get(f"{stem}/all"))
 
     def refuse(self, message: str, kind: type = ValueError) -> None:
         "End on every rank; only rank 0 says why."
         if self.rank == 0:
             raise kind(message)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(2)   # when one ends, torchrun ends all: let it speak
         sys.exit(2)
 
@@ -139,6 +142,24 @@ class Lost(ValueError):
     "Another process is gone, or has not answered in time."
 
 # %% ../nbs/11_distributed.ipynb #c96f0f1e
+def _wait(store: dist.Store, keys: list[str], limit: float) -> None:
+    "In slices: between them Python hears a signal."
+    until = time.monotonic() + limit
+    while True:
+        left = until - time.monotonic()
+        try:
+            part = timedelta(seconds=max(0.01, min(left, 0.25)))
+            return store.wait(keys, part)
+        except dist.DistStoreError:
+            if left <= 0.25:
+                raise
+
+
+def _asked_to_end(signum, frame):
+    "By torchrun, when another process has failed."
+    raise dist.DistError("asked to end")
+
+
 def _report_lost(team: Team, error: Exception) -> None:
     "All who noticed sign; the first of them says who did not."
     if threading.current_thread() is threading.main_thread():
@@ -150,6 +171,8 @@ def _report_lost(team: Team, error: Exception) -> None:
     time.sleep(1)
     lost = [str(rank) for rank in range(team.size)
             if not team.store.check([f"noticed/{rank}"])]
+    if not lost and "asked to end" in str(error):
+        raise Interrupted("all processes were asked to end") from error
     late = any(word in str(error).lower() for word in ("timed out", "timeout"))
     what = (f"has not answered for {team.timeout:g} s: it hangs, or the "
             "timeout is too short" if late else "is gone")
@@ -209,7 +232,12 @@ def join(
         store = dist.PrefixStore(f"life-{life}", store)
     store.set_timeout(wait)
     team = Team(rank, size, device, store, timeout)
+    listens = (size > 1
+               and threading.current_thread() is threading.main_thread())
     try:
+        if listens:
+            signal.signal(signal.SIGTERM, _asked_to_end)
+        team.gather("here")   # who fails now would leave the others waiting
         backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
         dist.init_process_group(backend, store=store, rank=rank,
                                 world_size=size, timeout=wait)
@@ -219,6 +247,8 @@ def join(
             _report_lost(team, error)
         raise
     finally:
+        if listens and signal.getsignal(signal.SIGTERM) is _asked_to_end:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -232,6 +262,8 @@ def together(
     problem = ""
     try:
         yield
+    except dist.DistError:   # no fault of this work
+        raise
     except Exception as error:
         problem = str(error) or repr(error)
     words = team.gather(problem, patience)
@@ -246,7 +278,7 @@ def spread(
     model: TransformerLM,     # equal on all ranks
     team: Team,
     sharding: str,            # "ddp": a copy each; "fsdp": a part each
-    precision: str = "fp32",  # or "bf16"
+    precision: str = "fp32",  # or "bf16", "fp16"
 ) -> nn.Module:               # to be called in place of the model
     "Make forward and backward of all ranks one computation."
     if sharding == "ddp":
@@ -256,18 +288,17 @@ def spread(
                                        gradient_as_bucket_view=True)
     if sharding != "fsdp":
         raise ValueError(f"sharding is {sharding!r}; choose ddp or fsdp")
-    policy = MixedPrecisionPolicy(
-        param_dtype=torch.bfloat16 if precision == "bf16" else None,
-        reduce_dtype=torch.float32)
+    short = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    policy = MixedPrecisionPolicy(short, reduce_dtype=torch.float32)
     mesh = init_device_mesh(team.device.type, (team.size,))
     for block in model.blocks:   # to the device, and cut, one by one
         fully_shard(block, mesh=mesh, mp_policy=policy)
     return fully_shard(model, mesh=mesh, mp_policy=policy)
 
 # %% ../nbs/11_distributed.ipynb #f982e336
-def _gradients(runner: nn.Module, windows: Share, step: int,
+def _gradients(runner: nn.Module, windows: Share, number: int,
                c: TrainConfig, device: torch.device,
-               every_pass: bool) -> Tensor:
+               every_pass: bool, scale: float = 1.0) -> Tensor:
     "Backward passes of a step; the ranks exchange in each, or in the last."
     total, n = torch.zeros((), device=device), c.accumulation_steps
     for part in range(n):
@@ -276,15 +307,46 @@ def _gradients(runner: nn.Module, windows: Share, step: int,
             runner.set_requires_gradient_sync(exchange)
         elif not exchange:
             context = runner.no_sync()
-        batch = windows.batch(step * n + part)
+        batch = windows.batch(number * n + part)
         inputs, targets = (ids.to(device) for ids in batch)
         with context:
             with autocast(c.precision, device.type):
                 loss = F.cross_entropy(runner(inputs).flatten(0, 1),
                                        targets.flatten()) / n
-            loss.backward()
+            (loss * scale).backward()
         total += loss.detach()
     return total
+
+# %% ../nbs/11_distributed.ipynb #809d39ad
+class _ShardedMuon(Muon):
+    "Muon for parts of matrices too: each is whole for a moment, everywhere."
+
+    def _update(self, params: list, states: list, group: dict) -> None:
+        if not (group.get("muon") and isinstance(params[0], DTensor)):
+            return super()._update(params, states, group)
+        lr, memory = group["lr"], group["momentum"]
+        for p, state in zip(params, states):
+            state["step"] += 1
+            state["m"].lerp_(p.grad, 1 - memory)
+            whole = p.grad.lerp(state["m"], memory).full_tensor()
+            own = DTensor.from_local(
+                orthogonalize(whole), p.device_mesh, [Replicate()],
+            ).redistribute(placements=p.placements)   # no message: a cut
+            p.mul_(1 - lr * group["weight_decay"])
+            p.add_(own, alpha=-0.2 * lr * math.sqrt(max(p.shape)))
+
+
+class _TeamScaler(LossScaler):
+    "The scale of fp16, by an overflow in any part."
+
+    @torch.no_grad()
+    def unscale(self, params: Iterable[nn.Parameter]) -> bool:
+        grads = [p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad
+                 for p in params if p.grad is not None]
+        verdict = sum((0 * g).sum() for g in grads)   # 0, or not a number
+        dist.all_reduce(verdict)
+        return super().unscale(SimpleNamespace(grad=g)
+                               for g in [*grads, verdict])
 
 # %% ../nbs/11_distributed.ipynb #73d18c75
 def _named_tensors(model: nn.Module, optimizer: AdamW) -> dict[str, Tensor]:
@@ -304,6 +366,16 @@ def list_shards(
     return sorted((Path(folder) / "shards").glob("step-*"))
 
 
+def _best(paths: list[Path]) -> Path | None:
+    "The lowest validation loss, of those measured when they were saved."
+    losses = {}
+    for path in paths:
+        with suppress(OSError, ValueError, KeyError):
+            state = json.loads((path / "training.json").read_text())
+            losses[path] = state["valid_loss"]
+    return min(losses, key=losses.get, default=None)
+
+
 def save_shards(
     folder: str | Path,    # of the run; all ranks see it
     team: Team,
@@ -311,7 +383,7 @@ def save_shards(
     optimizer: AdamW,
     step: int,             # updates done
     extra: dict,           # for JSON
-    keep: int = 2,         # the newest so many stay
+    keep: int = 2,         # the newest so many stay, and the best
 ) -> None:
     "Each rank writes its part aside; rank 0 renames when all have."
     final = Path(folder) / "shards" / f"step-{step:07d}"
@@ -333,8 +405,10 @@ def save_shards(
             if final.exists():   # damaged, and made again
                 _remove(final)
             os.replace(aside, final)
+            best = _best(list_shards(folder))
             for old in list_shards(folder)[:-keep]:
-                _remove(old)
+                if old != best:
+                    _remove(old)
 
 # %% ../nbs/11_distributed.ipynb #9b8e24fb
 def _read_state(path: Path, verify: bool = True) -> dict:
@@ -353,6 +427,14 @@ def _read_state(path: Path, verify: bool = True) -> dict:
     return state
 
 
+def _blank_moments(optimizer: AdamW, step: int) -> None:
+    for group in optimizer.param_groups:
+        keys = "m" if group.get("muon") else "mv"
+        for p in group["params"]:
+            optimizer.state[p] = {"step": step, **{
+                key: torch.zeros_like(p) for key in keys}}
+
+
 def load_shards(
     path: str | Path,      # one checkpoint
     model: TransformerLM,  # spread over any number of ranks
@@ -365,11 +447,7 @@ def load_shards(
     _require_same_shape(path.name, state["shape"],
                         json.loads(json.dumps(
                             dataclasses.asdict(model.config))))
-    for group in optimizer.param_groups:
-        keys = "m" if group.get("muon") else "mv"
-        for p in group["params"]:
-            optimizer.state[p] = {"step": state["step"], **{
-                key: torch.zeros_like(p) for key in keys}}
+    _blank_moments(optimizer, state.get("updates", state["step"]))
     dcp.load(_named_tensors(model, optimizer),
              storage_reader=dcp.HuggingFaceStorageReader(str(path)))
     return state
@@ -395,30 +473,38 @@ def whole_model(
 
 # %% ../nbs/11_distributed.ipynb #3cd4be3a
 def _update(runner: nn.Module, optimizer: AdamW, windows: Share, step: int,
-            c: TrainConfig, team: Team, limit: float,
-            flag: list) -> tuple[dict, bool]:
+            skipped: int, c: TrainConfig, team: Team, limit: float,
+            flag: list, scaler: LossScaler | None) -> tuple[dict, bool]:
     "One step, the same on every rank, and whether any rank must stop."
     began, own = time.perf_counter(), windows.own
     torch.manual_seed((c.seed << 40) + step * team.size + team.rank)
-    loss = _gradients(runner, windows, step, c, team.device,
-                      not isinstance(runner, DistributedDataParallel))
+    record = {"scale": scaler.scale} if scaler else {}
+    loss = _gradients(runner, windows, step + skipped, c, team.device,
+                      not isinstance(runner, DistributedDataParallel),
+                      **record)
     said = torch.stack([loss, torch.full_like(loss, len(flag))])
     dist.all_reduce(said)
     total, stops = said[0].item() / team.size, said[1].item()
-    norm = clip_gradients(runner.parameters(), c.max_norm)
-    if not math.isfinite(total + norm) or total > limit:
-        team.refuse(f"step {step + 1}: loss {total:.3g}, gradient norm "
-                    f"{norm:.3g}; nothing was updated. Try a learning_rate "
-                    f"below {c.learning_rate}", Diverged)
+    params = list(runner.parameters())
+    taken = scaler is None or scaler.unscale(params)
+    norm = clip_gradients(params, c.max_norm)
+    if not math.isfinite(total + (norm if taken else 0)) or total > limit:
+        optimizer.zero_grad(set_to_none=True)
+        error = Diverged(f"step {step + 1}: loss {total:.3g}, gradient norm "
+                         f"{norm:.3g}; nothing was updated")
+        error.number = step + skipped
+        raise error
     rate = learning_rate(step, c.n_steps, c.learning_rate, c.warmup_steps,
                          schedule=c.schedule)
     for group in optimizer.param_groups:
         group["lr"] = rate
-    optimizer.step()
+    if taken:
+        optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     n_tokens = own.batch_size * own.context_length * c.accumulation_steps
     speed = n_tokens * team.size / (time.perf_counter() - began)
-    return {"step": step + 1, "loss": total, "lr": rate, "grad_norm": norm,
+    return {"step": step + 1, "loss": total, "lr": rate,
+            "grad_norm": norm if taken else None, **record,
             "tokens_per_second": speed}, stops > 0
 
 # %% ../nbs/11_distributed.ipynb #dd4fda4f
@@ -450,12 +536,12 @@ def _require_plan(team: Team, model: TransformerLM, c: TrainConfig,
                   things: dict) -> None:
     "Refuse what cannot work, and ranks that were given different things."
     with together(team):
-        if c.precision == "fp16":
-            raise ValueError("precision fp16 scales the loss, which is only "
-                             "done on one process; choose bf16 or fp32")
-        if things["sharding"] == "fsdp" and c.optimizer == "muon":
-            raise ValueError("optimizer muon needs whole matrices; choose "
-                             "adamw, or sharding ddp")
+        if things["sharding"] not in ("ddp", "fsdp"):
+            raise ValueError(f"sharding is {things['sharding']!r}; choose ddp "
+                             "or fsdp")
+        if c.compile == "yes":
+            raise ValueError("compile yes is for one process; choose auto, "
+                             "which does not compile on several, or no")
         sums = [p.detach().double().sum().item() for p in model.parameters()]
         words = {**things, "settings": dataclasses.asdict(c), "weights":
                  _checksum({"sums": sums})[:8]}
@@ -504,6 +590,71 @@ def _validate(runner: nn.Module, valid: Share, c: TrainConfig,
     dist.all_reduce(both)
     return both.item() / team.size
 
+# %% ../nbs/11_distributed.ipynb #553b3cac
+def _run(team: Team, runner: nn.Module, model: TransformerLM,
+         optimizer: AdamW, windows: Share, valid: Share, c: TrainConfig,
+         folder: Path | None, data: str, progress: bool,
+         sample: Callable | None, used: int) -> list[dict]:
+    "From the newest whole checkpoint to the end; `used` batches are spoilt."
+    path, plan = Path(folder or "") / "log.jsonl", dataclasses.asdict(c)
+    state, log, board, text = {"step": 0}, [], None, ""
+    _blank_moments(optimizer, 0)
+    if folder:
+        newest = _newest_whole(team, folder, plan, data)
+        if newest:
+            state = load_shards(newest, model, optimizer, False)
+        with together(team):   # first rank 0 cuts, then all read
+            if team.rank == 0:
+                _cut_log(path, state["step"])
+                if c.tensorboard:
+                    board = _Board(folder, state["step"] + 1)
+        log = _cut_log(path, state["step"])
+    step = state["step"]
+    skipped = used - step if used else state.get("skipped", 0)
+    scaler = (_TeamScaler(*state.get("scaler", ()))
+              if c.precision == "fp16" else None)
+    model.train()
+    bar = tqdm(total=c.n_steps, initial=step, desc=f"train x{team.size}",
+               unit="step", disable=not progress or team.rank > 0)
+    with bar, recompute(model, c.recompute), _catch_stop() as flag:
+        while step < c.n_steps:
+            record, stop = _update(
+                runner, optimizer, windows, step, skipped, c, team,
+                _highest_loss(log, c.max_spike), flag, scaler)
+            step = record["step"]
+            last = step == c.n_steps
+            if last or step % c.eval_interval == 0:
+                record["valid_loss"] = _validate(runner, valid, c, team)
+            log.append(record)
+            _show(bar, log)
+            if sample and step % c.sample_interval == 0:
+                whole = whole_model(model)
+                with together(team, patience=10):
+                    if team.rank == 0:
+                        text = sample(whole.eval())
+                        bar.write(f"--- step {step}\n{text}")
+            if folder and team.rank == 0:
+                _write_record(path, record)
+                if board:
+                    board.write(record)
+            if stop and hasattr(signal, "alarm"):
+                signal.alarm(0)   # all have noticed; saving may take longer
+            if folder and (stop or last or step % c.checkpoint_interval == 0):
+                extra = {"config": plan, "data": data, "skipped": skipped,
+                         "updates": next(iter(
+                             optimizer.state.values()))["step"]}
+                if scaler:
+                    extra["scaler"] = [scaler.scale, scaler.calm]
+                if "valid_loss" in record:
+                    extra["valid_loss"] = record["valid_loss"]
+                save_shards(folder, team, model, optimizer, step, extra,
+                            c.keep_checkpoints)
+            if stop and not last:
+                team.refuse(f"stopped after step {step} of {c.n_steps}",
+                            Interrupted)
+    model.eval()
+    return log
+
 # %% ../nbs/11_distributed.ipynb #904ea6cf
 def train_distributed(
     team: Team,              # of `join`
@@ -514,10 +665,12 @@ def train_distributed(
     folder: str | Path | None = None,  # all ranks see it: shards, log.jsonl
     sharding: str = "fsdp",  # a part of the model each; "ddp": a copy each
     progress: bool = True,   # rank 0 shows a bar
+    sample: Callable[[TransformerLM], str] | None = None,  # asked on rank 0
 ) -> list[dict]:             # the log, one record a step, on every rank
     "Train on all ranks at once, from the newest checkpoint if there is one."
     c = dataclasses.replace(config, precision=_choose_precision(
         config.precision, team.device.type))
+    folder = Path(folder) if folder else None
     with together(team):
         windows, valid = (Share(w, team.rank, team.size)
                           for w in (train_windows, valid_windows))
@@ -528,48 +681,28 @@ def train_distributed(
         "data": data, "validation data": _mark(valid_windows),
         "sharding": sharding})
     runner = spread(model, team, sharding, c.precision)
-    muon = c.optimizer == "muon"
-    optimizer = (Muon if muon else AdamW)(
+    muon, used = c.optimizer == "muon", 0
+    optimizer = (_ShardedMuon if muon else AdamW)(
         parameter_groups(model, c.weight_decay, muon), c.learning_rate,
         betas=(0.9, c.beta2))
-    plan, step, log = dataclasses.asdict(c), 0, []
-    if folder:
-        folder = Path(folder)
-        path, newest = folder / "log.jsonl", _newest_whole(
-            team, folder, plan, data)
-        if newest:
-            step = load_shards(newest, model, optimizer, False)["step"]
-        with together(team):   # first rank 0 cuts, then all read
+    for left in reversed(range(c.recoveries + 1)):
+        try:
+            return _run(team, runner, model, optimizer, windows, valid, c,
+                        folder, data, progress, sample, used)
+        except Diverged as error:
+            used, said, able = error.number + 1, str(error), ""
+            if folder:
+                with together(team):
+                    if team.rank == 0:
+                        kept = _keep_batch(folder, train_windows, used - 1, c)
+                        said += f"; its batch is kept in {kept.name}"
+                        able = "yes" * bool(left and list_shards(folder))
+            if not team.gather(able)[0]:
+                team.refuse(f"{said}. Try a learning_rate below "
+                            f"{c.learning_rate}", Diverged)
             if team.rank == 0:
-                _cut_log(path, step)
-        log = _cut_log(path, step)
-    model.train()
-    bar = tqdm(total=c.n_steps, initial=step, desc=f"train x{team.size}",
-               unit="step", disable=not progress or team.rank > 0)
-    with bar, recompute(model, c.recompute), _catch_stop() as flag:
-        while step < c.n_steps:
-            record, stop = _update(
-                runner, optimizer, windows, step, c, team,
-                _highest_loss(log, c.max_spike), flag)
-            step = record["step"]
-            last = step == c.n_steps
-            if last or step % c.eval_interval == 0:
-                record["valid_loss"] = _validate(runner, valid, c, team)
-            log.append(record)
-            _show(bar, log)
-            if folder and team.rank == 0:
-                _write_record(path, record)
-            if stop and hasattr(signal, "alarm"):
-                signal.alarm(0)   # all have noticed; saving may take longer
-            if folder and (stop or last or step % c.checkpoint_interval == 0):
-                save_shards(folder, team, model, optimizer, step,
-                            {"config": plan, "data": data},
-                            c.keep_checkpoints)
-            if stop and not last:
-                team.refuse(f"stopped after step {step} of {c.n_steps}",
-                            Interrupted)
-    model.eval()
-    return log
+                print(f"{said}; going on from the last checkpoint with the "
+                      "batches after it", file=sys.stderr)
 
 # %% ../nbs/11_distributed.ipynb #eee2cc67
 class _Copy(torch.autograd.Function):

@@ -63,7 +63,10 @@ class Odd(Windows):
                 time.sleep(1000)
             if self.what == "stop":
                 os.kill(os.getpid(), signal.SIGTERM)
-        return super().batch(step)
+        inputs, targets = super().batch(step)
+        if self.what == "spike" and self.when <= step < self.end:
+            targets = (targets + 30) % 61
+        return inputs, targets
 
 
 def work(sharding, folder, what, fields):
@@ -84,6 +87,10 @@ def work(sharding, folder, what, fields):
                 windows = Odd(tokens, 16, 8)
                 windows.what, windows.when = what, 4 * plan.accumulation_steps
                 windows.when = windows.when * team.size + 1
+            if what == "spike":   # in all shares of the batches of step 24
+                windows = Odd(tokens, 16, 8)
+                windows.what, windows.when = what, 24 * 2 * team.size
+                windows.end = windows.when + 2 * team.size
             if team.rank == 1 and what == "other data":
                 windows = Windows(tokens[1:], 16, 8)
             if team.rank == 1 and what == "other weights":
@@ -93,9 +100,20 @@ def work(sharding, folder, what, fields):
             with together(team):
                 if team.rank == 1 and what == "fails early":
                     raise RuntimeError("no such disk")
+            if what == "overflow":
+                return overflow(team)
+            sample, said = None, []
+            if what == "sample":   # what is written must not be an answer
+                sys.stdout = open(os.devnull, "w")
+
+                def sample(lm):
+                    said.append([*lm.embedding.weight.shape])
+                    return "x"
             log = train_distributed(team, model, windows,
                                     Windows(tokens, 16, 8), plan, folder,
-                                    sharding, progress=False)
+                                    sharding, False, sample)
+            if what == "sample":
+                return said
             whole = whole_model(model)
             total = None if whole is None else sum(
                 p.double().abs().sum().item() for p in whole.parameters())
@@ -104,6 +122,23 @@ def work(sharding, folder, what, fields):
         say(error, 3)
     except ValueError as error:
         say(error, 2)
+
+
+def overflow(team):
+    "A part of rank 1 is infinite; then none is."
+    from torch.distributed.tensor import Shard, distribute_tensor
+    from llm_from_scratch.distributed import _TeamScaler
+
+    mesh = dist.device_mesh.init_device_mesh("cpu", (team.size,))
+    p = torch.nn.Parameter(distribute_tensor(torch.ones(3, 2), mesh,
+                                             [Shard(0)]))
+    scaler, found = _TeamScaler(8.0, 0, 2), []
+    for bad in (True, False, False):
+        p.grad = distribute_tensor(torch.full((3, 2), 8.0), mesh, [Shard(0)])
+        if bad and team.rank == 1:
+            p.grad.to_local().fill_(float("inf"))
+        found += [scaler.unscale([p]), scaler.scale]
+    return [*found, p.grad.to_local().mean().item()]
 
 
 def launch(n, restarts, *args):
@@ -189,6 +224,31 @@ def test_bf16_and_recomputing_are_close_to_float32(start, alone):
     assert found[0][0] != alone[0]
 
 
+@pytest.mark.parametrize("sharding", ["ddp", "fsdp"])
+def test_muon_on_two_processes_is_muon(start, sharding):
+    fields = {"optimizer": "muon", "learning_rate": 1e-3}
+    whole = start(1, "ddp", **fields)[0][0]
+    parts = start(2, sharding, **fields)[0][0]
+    away = [abs(a - b) for a, b in zip(whole[0], parts[0], strict=True)]
+    assert max(away) < 1e-4 and abs(whole[2] - parts[2]) < 1e-2
+
+
+@pytest.mark.parametrize("sharding", ["ddp", "fsdp"])
+def test_fp16_is_close_to_float32(start, alone, tmp_path, sharding):
+    found, _ = start(2, sharding, tmp_path, precision="fp16")
+    assert found[0][0] == found[1][0] != alone[0]
+    lines = (tmp_path / "log.jsonl").read_text().splitlines()
+    scales = [json.loads(line)["scale"] for line in lines]
+    assert scales[0] == 2**16 and len(scales) == 8
+    assert abs(found[0][0][-1] - alone[0][-1]) < 0.05
+
+
+def test_an_overflow_in_one_part_is_seen_by_all(start):
+    found, _ = start(2, what="overflow")
+    wanted = [False, 4.0, True, 4.0, True, 8.0, 2.0]
+    assert found == [wanted, wanted]
+
+
 @pytest.fixture(scope="module")
 def saved(start, tmp_path_factory):
     "A finished run of two processes, with a checkpoint at every second step."
@@ -235,6 +295,48 @@ def test_a_killed_worker_is_restarted_and_nothing_is_lost(
     assert errors == [] or errors[0].startswith("rank 1 is gone")
 
 
+def test_after_a_refused_step_all_go_back(start, tmp_path):
+    fields = dict(n_steps=30, max_spike=0.1, checkpoint_interval=5)
+    found, errors = start(2, "fsdp", tmp_path / "two", "spike", **fields)
+    again, _ = start(1, "ddp", tmp_path / "one", "spike", **fields)
+    assert not errors and close(found[0], again[0])
+    lines = (tmp_path / "two" / "log.jsonl").read_text().splitlines()
+    assert [json.loads(x)["step"] for x in lines] == list(range(1, 31))
+    assert (tmp_path / "two" / "refused-batch-24.safetensors").is_file()
+    state = tmp_path / "two" / "shards" / "step-0000030" / "training.json"
+    assert json.loads(state.read_text())["skipped"] == 5
+    _, errors = start(
+        2, "fsdp", tmp_path / "three", "spike", recoveries=0, **fields
+    )
+    assert len(errors) == 1 and errors[0].startswith("step 25: loss")
+    assert "Try a learning_rate below" in errors[0]
+
+
+def test_rank_0_writes_samples_and_curves(start, tmp_path):
+    pytest.importorskip("tensorboard")
+    found, errors = start(
+        2, "fsdp", tmp_path, "sample", sample_interval=4, tensorboard=True
+    )
+    assert found == [[[63, 20], [63, 20]], []] and not errors
+    assert len(list((tmp_path / "tensorboard").iterdir())) == 1
+
+
+def test_the_best_checkpoint_stays(start, tmp_path):
+    fields = dict(eval_interval=2, keep_checkpoints=1, learning_rate=0.5)
+    start(2, "ddp", tmp_path, warmup_steps=1, max_spike=99.0, **fields)
+    losses = {
+        path.name: json.loads((path / "training.json").read_text())
+        for path in (tmp_path / "shards").iterdir()
+    }
+    lines = (tmp_path / "log.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    best = min(
+        (r for r in records if "valid_loss" in r),
+        key=lambda r: r["valid_loss"],
+    )["step"]
+    assert set(losses) == {"step-0000008", f"step-{best:07d}"}
+
+
 def test_a_warned_machine_saves_and_all_stop(start, alone, tmp_path):
     answer, errors = start(2, "fsdp", tmp_path, "stop")
     assert answer == "ChildFailedError"
@@ -263,16 +365,16 @@ def test_unequal_ranks_end_in_one_line(start, tmp_path, what, said):
 
 
 def test_a_rank_that_dies_first_leaves_nothing(start, tmp_path):
-    answer, _ = start(2, "fsdp", tmp_path / "run", "dies early", timeout=2)
+    answer, errors = start(2, "fsdp", tmp_path / "run", "dies early")
     assert answer == "ChildFailedError"
+    assert len(errors) == 1 and errors[0].startswith("rank 1 is gone")
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
     "sharding, fields, said",
     [
-        ("ddp", {"precision": "fp16"}, "precision fp16 scales the loss"),
-        ("fsdp", {"optimizer": "muon"}, "optimizer muon needs whole"),
+        ("ddp", {"compile": "yes"}, "compile yes is for one process"),
         ("zero", {}, "sharding is 'zero'; choose ddp or fsdp"),
     ],
 )
