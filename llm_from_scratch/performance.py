@@ -155,15 +155,19 @@ class TrainingStep:
         self.update()
 
 # %% ../nbs/10_performance.ipynb #de5ed4df
-def _seconds(call: Callable[[], object], n: int) -> float:
-    cuda = torch.cuda.is_initialized()
-    if cuda:
+def _wait_for_card() -> None:
+    if torch.cuda.is_initialized():
         torch.cuda.synchronize()
+    if torch.backends.mps.is_available():
+        torch.mps.synchronize()
+
+
+def _seconds(call: Callable[[], object], n: int) -> float:
+    _wait_for_card()
     began = time.perf_counter()
     for _ in range(n):
         call()
-    if cuda:
-        torch.cuda.synchronize()
+    _wait_for_card()
     return (time.perf_counter() - began) / n
 
 

@@ -4,6 +4,7 @@ import gc
 import itertools
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -196,3 +197,89 @@ def test_the_roof_is_never_exceeded_in_the_formula():
         got = attainable(intensity, 1e12, 1e10)
         assert got <= 1e12 and got <= intensity * 1e10
     assert amdahl(0, 9) == 1 and amdahl(1, 9) == 9
+
+
+@pytest.mark.parametrize("kind", ["cuda", "mps"])
+def test_the_clock_waits_for_a_card(monkeypatch, kind):
+    done = []
+    here = {
+        "cuda": (torch.cuda, "is_initialized"),
+        "mps": (torch.backends.mps, "is_available"),
+    }
+    monkeypatch.setattr(*here[kind], lambda: True)
+    card = getattr(torch, kind)
+    monkeypatch.setattr(card, "synchronize", lambda: done.append("wait"))
+    assert module._seconds(lambda: done.append("call"), 2) > 0
+    assert done == ["wait", "call", "call", "wait"]
+
+
+@pytest.fixture
+def pretended_card(monkeypatch):
+    "PyTorch says there is an H200; what would run on it is only noted."
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+    asked, x = [], torch.randn(8, 8)
+
+    def stand_in(name, call):
+        def pieces(*args):
+            asked.append((name, *args))
+            for precision in PRECISIONS:
+                yield name, precision, call
+
+        return pieces
+
+    monkeypatch.setattr(
+        module, "_products", stand_in("product, n = 8", lambda: x @ x)
+    )
+    monkeypatch.setattr(
+        module, "_streams", stand_in("sum, 64 numbers", lambda: x + x)
+    )
+    monkeypatch.setattr(
+        module, "_pieces", stand_in("training step", lambda: x @ x)
+    )
+    return asked
+
+
+def test_a_card_is_asked_for_larger_work(pretended_card):
+    config = tiny()
+    report = benchmark("cuda", config, 4)
+    assert pretended_card[:2] == [
+        ("product, n = 8", "cuda", 8192),
+        ("sum, 64 numbers", "cuda", 2**27),
+    ]
+    assert pretended_card[2:] == [
+        ("training step", config, 4, "cuda", p) for p in PRECISIONS
+    ]
+    assert report["machine"]["device"] == "NVIDIA H200"
+    assert find_device(report["machine"]["device"]) == DEVICES["H200"]
+    assert len(report_rows(report)[0]) == 15
+
+
+def test_tensors_are_made_where_they_are_asked_for():
+    for made in (
+        module._products("meta", 64),
+        module._streams("meta", 2**12),
+    ):
+        for _, _, call in made:
+            assert call().device.type == "meta"
+
+
+def test_the_cell_for_a_card_runs(monkeypatch):
+    book = Path(__file__).parent.parent / "nbs" / "10_performance.ipynb"
+    cells = json.loads(book.read_text())["cells"]
+    (code,) = (
+        source
+        for source in ("".join(cell["source"]) for cell in cells)
+        if source.startswith("#| slow") and '"cuda"' in source
+    )
+    code = code.replace('16, "cuda", "bf16", wrap=torch.compile', "16")
+    code = code.replace('benchmark("cuda")', "{}")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+    kept = {}
+    names = vars(module) | {
+        "preset": lambda name: tiny(),
+        "flops_per_token": flops_per_token,
+        "keep": lambda part, content: kept.update({part: content}),
+    }
+    exec(code, names)
+    assert 0 < kept["gpu"]["MFU"] < 1 and kept["gpu"]["GPT-2 step"] > 0
