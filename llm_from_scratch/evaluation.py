@@ -6,7 +6,7 @@
 __all__ = ['TASKS', 'token_losses', 'TextScore', 'score_text', 'encode_pair', 'log_likelihoods', 'Question', 'Outcome',
            'score_questions', 'interval', 'Comparison', 'compare', 'calibration', 'calibration_error', 'Task',
            'read_task', 'few_shot', 'TaskScore', 'run_tasks', 'extract_number', 'exact_match', 'distinct_n',
-           'repetition', 'bleu', 'self_bleu', 'Match', 'simulate_matches', 'elo_ratings', 'fit_ratings']
+           'repetition', 'bleu', 'self_bleu', 'Match', 'simulate_matches', 'win_rates', 'elo_ratings', 'fit_ratings']
 
 # %% ../nbs/13_evaluation.ipynb #df1694d5
 import gzip
@@ -123,13 +123,52 @@ def encode_pair(
     return (whole[:n], whole[n:]) if n else ([_start(tokenizer)], whole)
 
 # %% ../nbs/13_evaluation.ipynb #6671cee7
-def _batches(lengths: list[int], size: int) -> Iterable[list[int]]:
-    "Numbers of rows, the longest first, about `size` ids a batch."
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    while order:
-        n = max(1, size // lengths[order[0]])
-        yield order[:n]
-        order = order[n:]
+def _batches(
+    groups: dict[tuple, dict[int, list[int]]],  # shared ids -> pair -> its own
+    size: int,  # ids of a batch, about
+    room: int,  # ids that a row may have
+) -> Iterator[list[tuple]]:
+    "Groups of like length, some at a time."
+    def longest(group):
+        return max(map(len, group[1].values())) - 1  # the last is not read
+
+    batch, width, T, n = [], 0, 0, 0
+    for group in sorted(groups.items(), key=lambda g: (
+            -(longest(g) // 8), -len(g[0]))):
+        width, T = max(width, len(group[0])), max(T, longest(group))
+        n += len(group[1])
+        if batch and ((len(batch) + 1) * width + n * T > size
+                      or width + T > room):
+            yield batch
+            batch, n = [], len(group[1])
+            width, T = len(group[0]), longest(group)
+        batch.append(group)
+    if batch:
+        yield batch
+
+
+def _read(
+    model: nn.Module,
+    batch: list[tuple],  # as `_batches` gives them
+) -> Tensor:             # logits (n, T, V) of each pair's own ids
+    "Read what a group shares once, then what each pair has of its own."
+    device = next(model.parameters()).device
+    own = [row[:-1] for _, group in batch for row in group.values()]
+    T, width = max(map(len, own)), max(len(before) for before, _ in batch)
+    ids = torch.tensor([row + [0] * (T - len(row)) for row in own],
+                       device=device)
+    if not width:
+        return model(ids)
+    empty = torch.tensor([width - len(before) for before, _ in batch],
+                         device=device)
+    caches = model.new_caches(len(batch), width)
+    model(torch.tensor([[0] * (width - len(before)) + list(before)
+                        for before, _ in batch], device=device),
+          caches, empty, last=1)
+    rows = [i for i, (_, group) in enumerate(batch) for _ in group]
+    for cache in caches:  # one for each pair, with room for its own ids
+        cache.memory = nn.functional.pad(cache.memory[:, rows], (0, 0, 0, T))
+    return model(ids, caches, empty[rows])
 
 
 @torch.inference_mode()
@@ -148,22 +187,21 @@ def log_likelihoods(
     if not all(context and continuation for context, continuation in pairs):
         raise ValueError("a pair has no ids on one side; both the context and "
                          "the continuation need one or more")
-    rows = [(a + b)[-(room + 1):] for a, b in pairs]
     model.eval()
-    device = next(model.parameters()).device
-    out: list = [None] * len(rows)
-    for batch in _batches([len(row) - 1 for row in rows], batch_tokens):
-        T = len(rows[batch[0]]) - 1
-        padded = [rows[i][:-1] + [0] * (T + 1 - len(rows[i])) for i in batch]
-        logits = model(torch.tensor(padded, device=device))
-        for i, scores in zip(batch, logits):
-            end, n = len(rows[i]) - 1, len(pairs[i][1])
-            if n > room:  # longer than a window: let windows overlap
-                losses = token_losses(model, [*pairs[i][0], *pairs[i][1]],
-                                      room)
-                out[i] = -losses[-n:].double().sum().item(), False
-                continue
-            wanted = torch.tensor(rows[i][-n:], device=device)
+    out, groups = [(0.0, False)] * len(pairs), {}
+    for i, (context, choice) in enumerate(pairs):
+        row, n = (context + choice)[-(room + 1):], len(choice)
+        if n > room:  # longer than a window: let windows overlap
+            losses = token_losses(model, context + choice, room)
+            out[i] = -losses[-n:].double().sum().item(), False
+            continue
+        cut = len(row) - n - 1 if hasattr(model, "new_caches") else 0
+        groups.setdefault(tuple(row[:cut]), {})[i] = row[cut:]
+    for batch in _batches(groups, batch_tokens, room):
+        members = [pair for _, group in batch for pair in group.items()]
+        for (i, row), scores in zip(members, _read(model, batch)):
+            end, n = len(row) - 1, len(pairs[i][1])
+            wanted = torch.tensor(row[-n:], device=scores.device)
             scores = scores[end - n:end].float().log_softmax(-1)  # (n, V)
             total = scores.gather(1, wanted[:, None]).double().sum().item()
             out[i] = total, bool((scores.argmax(-1) == wanted).all())
@@ -543,6 +581,23 @@ def simulate_matches(
         won = bool(rng.random() < 1 / (1 + math.exp(-odds)))
         out.append(Match(a, b, longer, won))
     return out
+
+
+def win_rates(
+    matches: Sequence[Match],
+    n_systems: int,
+) -> np.ndarray:  # (n_systems, 5); nan without a match
+    "Share won, its 95 % interval, share won when first, when second."
+    rows = []
+    for i in range(n_systems):
+        first = [m.first_won for m in matches if m.first == i]
+        second = [not m.first_won for m in matches if m.second == i]
+        n = len(first) + len(second)
+        ends = interval(sum(first + second), n) if n else (math.nan,) * 2
+        rows.append([sum(first + second) / n if n else math.nan, *ends, *(
+            sum(won) / len(won) if won else math.nan
+            for won in (first, second))])
+    return np.array(rows).reshape(n_systems, 5)
 
 
 _ELO = 400 / math.log(10)  # points that a log-odds of one is worth

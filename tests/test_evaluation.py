@@ -4,6 +4,7 @@ import gzip
 import itertools
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from llm_from_scratch.evaluation import (
     score_questions,
     score_text,
     simulate_matches,
+    win_rates,
 )
 from llm_from_scratch.model import TransformerLM, preset, save_model
 from llm_from_scratch.tokenizer import Tokenizer
@@ -126,6 +128,59 @@ def test_batches_do_not_matter(model, tokenizer, questions):
         assert found == pytest.approx(expected, abs=1e-4)
     turned = log_likelihoods(model, pairs[::-1])[::-1]
     assert [t for t, _ in turned] == pytest.approx(expected, abs=1e-4)
+
+
+LAYOUTS = {
+    "rotary": {},
+    "learned": {"position": "learned"},
+    "alibi": {"position": "alibi"},
+    "grouped": {"n_kv_heads": 2, "qk_norm": True},
+}
+
+
+class Bare(torch.nn.Module):
+    "A model without a cache: ids in, logits out."
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.config = model, model.config
+
+    def forward(self, ids):
+        return self.model(ids)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_context_read_once_is_as_good_as_read_often(layout):
+    torch.manual_seed(0)
+    config = preset("nano", vocab_size=50, context_length=24)
+    model = TransformerLM(replace(config, **LAYOUTS[layout]))
+    for weight in model.parameters():
+        weight.data += 0.1 * torch.randn_like(weight)
+    rng, pairs = np.random.default_rng(0), []
+    for _ in range(12):  # some are too long for the window
+        context = rng.integers(50, size=rng.integers(1, 30)).tolist()
+        pairs += [
+            (context, rng.integers(50, size=rng.integers(1, 9)).tolist())
+            for _ in range(3)
+        ]
+    pairs += [([1], [2]), ([1, 2], list(range(40)))]
+    expected = log_likelihoods(Bare(model), pairs)
+    for size in (1, 40, 300, 100_000):
+        found = log_likelihoods(model, pairs, None, size)
+        for (total, greedy), (wanted, is_greedy) in zip(found, expected):
+            assert total == pytest.approx(wanted, abs=1e-4)
+            assert greedy == is_greedy
+
+
+def test_a_shared_context_is_read_once(model, tokenizer, questions):
+    read = []
+    watch = model.register_forward_pre_hook(
+        lambda _, given: read.append(given[0].numel())
+    )
+    context, choices = list(range(3, 33)), [[i] for i in range(10)]
+    log_likelihoods(model, [(context, choice) for choice in choices])
+    watch.remove()
+    assert read == [29, 10]
 
 
 letters = st.text("abko thekingqu.,\n", max_size=12)
@@ -306,6 +361,22 @@ def test_bleu_is_that_of_the_paper():
     assert bleu(text, references, 1) == pytest.approx(2 / 7)
     short = bleu("the cat", references, 1)
     assert short == pytest.approx(math.exp(1 - 6 / 2))
+
+
+def test_win_rates_count_both_places():
+    rng = np.random.default_rng(0)
+    matches = simulate_matches([0, 1, 2], 300, first_bias=1.0, seed=3)
+    rates = win_rates(matches, 4)
+    for i in range(3):
+        first = [m.first_won for m in matches if m.first == i]
+        second = [not m.first_won for m in matches if m.second == i]
+        n = len(first) + len(second)
+        assert rates[i, 0] == pytest.approx(sum(first + second) / n)
+        assert rates[i, 3:] == pytest.approx([np.mean(first), np.mean(second)])
+        assert rates[i, 1:3] == pytest.approx(interval(sum(first + second), n))
+    assert np.isnan(rates[3]).all()
+    shuffled = [matches[i] for i in rng.permutation(300)]
+    assert np.array_equal(win_rates(shuffled, 4), rates, equal_nan=True)
 
 
 def test_a_system_that_always_wins_has_a_rating():
