@@ -312,12 +312,16 @@ class QuantizedLinear(_Quantized):
         self,
         matrix: Steps,
         bias: Tensor | None = None,  # (F,)
+        digits: int = 2,             # of an activation, for whole products
     ):
         super().__init__(matrix)
         self.bias = None if bias is None else nn.Parameter(bias, False)
-        kernel = _can_multiply(matrix)
-        self.multiply: Callable = kernel(matrix) if kernel else (
-            lambda x, bias: F.linear(x, matrix.restore(), bias))
+        self.digits, kernel = digits, _can_multiply(matrix)
+        if kernel is IntegerProduct:
+            self.multiply: Callable = kernel(matrix, digits)
+        else:
+            self.multiply = kernel(matrix) if kernel else (
+                lambda x, bias: F.linear(x, matrix.restore(), bias))
 
     def forward(self, x: Tensor) -> Tensor:  # (..., D) -> (..., F)
         return self.multiply(x, self.bias)
@@ -337,15 +341,22 @@ def _linear(block: nn.Module) -> dict[str, nn.Linear]:
             if isinstance(layer, nn.Linear)}
 
 
+_CREST = 9.0  # largest over mean size of a token, for one digit to do
+
+
 @torch.no_grad()
-def _moments(block: nn.Module, x: Tensor, rotate) -> dict[str, Tensor]:
-    "The sum of x x^T over what enters each linear layer of a block."
+def _watch(block: nn.Module, x: Tensor, rotate) -> tuple[dict, dict]:
+    "Of what enters each linear layer: the sum of x x^T; digits it needs."
     found: dict[str, Tensor] = {}
+    digits: dict[str, int] = {}
 
     def note(name):
         def hook(_, args):
             rows = args[0].flatten(0, -2)
             found[name] = rows.T @ rows
+            sizes = rows.abs()
+            crest = sizes.amax(1) / sizes.mean(1).clamp(min=1e-30)
+            digits[name] = 1 + bool(crest.mean() > _CREST)
         return hook
 
     hooks = [layer.register_forward_pre_hook(note(name))
@@ -353,15 +364,16 @@ def _moments(block: nn.Module, x: Tensor, rotate) -> dict[str, Tensor]:
     block(x, None, rotate)
     for hook in hooks:
         hook.remove()
-    return found
+    return found, digits
 
 
-def _replace(block: nn.Module, matrices: dict[str, Steps]) -> None:
+def _replace(block: nn.Module, matrices: dict[str, Steps],
+             digits: dict[str, int]) -> None:
     "Put a quantized layer in the place of each linear one."
     for name, layer in _linear(block).items():
         above, _, last = name.rpartition(".")
-        setattr(block.get_submodule(above), last,
-                QuantizedLinear(matrices[name], layer.bias))
+        setattr(block.get_submodule(above), last, QuantizedLinear(
+            matrices[name], layer.bias, digits.get(name, 2)))
 
 
 def check_request(
@@ -404,7 +416,7 @@ def quantize_model(
     if windows is None:
         for block in quick.blocks:
             _replace(block, {name: to_steps(layer.weight, *options)
-                             for name, layer in _linear(block).items()})
+                             for name, layer in _linear(block).items()}, {})
     else:
         seen = []
         hook = quick.blocks[0].register_forward_pre_hook(
@@ -413,9 +425,10 @@ def quantize_model(
         hook.remove()
         x = seen[0]
         for block in quick.blocks:
-            found = _moments(block, x, quick.rotate)
+            found, digits = _watch(block, x, quick.rotate)
             _replace(block, {name: gptq(layer.weight, found[name], *options)
-                             for name, layer in _linear(block).items()})
+                             for name, layer in _linear(block).items()},
+                     digits)
             x = block(x, None, quick.rotate)
     rows = to_steps(quick.embedding.weight)
     head = rows if quick.head is None else to_steps(quick.head.weight)
@@ -487,7 +500,9 @@ def save_quantized(
             tensors[f"{name}.middle"] = layer.matrix.middle
     content = to_hf_config(model.config, model.special_ids)
     content["quantization"] = {
-        "format": _FORMAT, "bits": bits, "group_size": size}
+        "format": _FORMAT, "bits": bits, "group_size": size,
+        "one_digit": [name for name, layer in parts.items()
+                      if getattr(layer, "digits", 2) == 1]}
     (folder / "config.json").unlink(missing_ok=True)
     write_file(folder / _FILE, save(tensors))
     _save_words(model, tokenizer, folder)
@@ -567,13 +582,15 @@ def load_quantized(
             raise ValueError(f"n_layers is {config.n_layers}, context_length "
                              f"{config.context_length}; the most that we "
                              f"build are 1000 and {2**20}")
-        return _build(folder, config, bits, size)
+        return _build(folder, config, bits, size,
+                      said.get("one_digit") or [])
     except (ValueError, TypeError, OSError, RecursionError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(f"{folder}: {reason}") from None
 
 
-def _build(folder: Path, config, bits: int, size: int | None):
+def _build(folder: Path, config, bits: int, size: int | None,
+           one_digit: list[str]):
     "A model on no device at first; then each layer gets what it asks for."
     tensors = read_safetensors(folder / _FILE)
     with torch.device("meta"):
@@ -583,16 +600,17 @@ def _build(folder: Path, config, bits: int, size: int | None):
     head = rows if model.head is None else _take_matrix(
         tensors, "head", shape, 8, None)
     for i, block in enumerate(model.blocks):
-        matrices = {}
+        matrices, digits = {}, {}
         for name, layer in _linear(block).items():
             whole = f"blocks.{i}.{name}"
+            digits[name] = 1 if whole in one_digit else 2
             matrices[name] = _take_matrix(
                 tensors, whole, tuple(layer.weight.shape), bits, size)
             if layer.bias is not None:
                 layer.bias = nn.Parameter(_take(
                     tensors, f"{whole}.bias", tuple(layer.bias.shape),
                     torch.float32))
-        _replace(block, matrices)
+        _replace(block, matrices, digits)
     model.embedding = QuantizedEmbedding(rows)
     model.head = QuantizedLinear(head)
     for name, p in list(model.named_parameters()):
