@@ -13,6 +13,7 @@ import json
 import os
 import re
 import sys
+import time
 from importlib import metadata
 from importlib.util import find_spec
 from itertools import chain
@@ -143,7 +144,9 @@ def main(
     except Exception as error:
         if not hasattr(error, "exit_code"):  # of click: usage errors, exits
             raise
-        if hasattr(error, "format_message"):
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(2)  # rank 0 says it, before torchrun ends us all
+        elif hasattr(error, "format_message"):
             _complain(error.format_message())
         code = error.exit_code
     sys.exit(code if isinstance(code, int) else 0)
@@ -354,7 +357,7 @@ def _load_run(out: Path, steps: int | None) -> dict:
 # %% ../nbs/D_command_line.ipynb #b1daafbf
 def _start_run(
     out: Path, resume: bool, choices: dict, auto_batch: bool,
-    memory: str | None, sharding: str | None = None,
+    memory: str | None, sharding: str | None = None, processes: int = 1,
 ) -> dict:
     "The settings of a run, new or old; a new one is written to its folder."
     if resume:
@@ -372,6 +375,11 @@ def _start_run(
         _fit_run(run, _free_memory() if memory is None else _bytes(memory))
     elif memory is not None:
         raise ValueError("--memory is for --auto-batch: add it")
+    size = run["train"]["batch_size"]
+    if size % processes:
+        raise ValueError(f"batch_size {size} cannot be shared by {processes} "
+                         "processes: start another number of them, or set it "
+                         "in --config")
     _prepare_run(out, run)
     return run
 
@@ -425,8 +433,8 @@ def train_command(
         help="Under torchrun: fsdp, a part of the model for each process, "
              "or ddp, a copy. [default: fsdp]", show_default=False)] = None,
     timeout: Annotated[float, typer.Option(
-        help="Under torchrun: seconds that one process waits for another.",
-    )] = 600.0,
+        min=1, help="Under torchrun: seconds that one process waits for "
+                    "another.")] = 600.0,
 ) -> None:
     """Train a model and write it as a Hugging Face directory.
 
@@ -444,11 +452,12 @@ def train_command(
 
     with join(timeout) as team:
         with together(team, patience=10):  # rank 0 may have much to encode
+            nearest(sharding or "fsdp", ["fsdp", "ddp"], "--sharding")
             if team.rank == 0 and not resume and (out / "run.json").exists():
                 _require_same_run(out, choices)
             elif team.rank == 0:
                 _start_run(out, resume, choices, auto_batch, memory,
-                           sharding or "fsdp")
+                           sharding or "fsdp", team.size)
         _train_together(team, out)
 
 # %% ../nbs/D_command_line.ipynb #c9b5a862
@@ -465,18 +474,20 @@ def _train_run(out: Path, run: dict) -> None:
     print(f"{total:,} parameters, {len(ids):,} training tokens, "
           f"{plan.n_steps:,} steps")
 
-    def sample() -> str:
-        return complete(model, tokenizer, "\n", max_new_tokens=60,
-                        temperature=0.8, seed=plan.seed).strip()
-
     try:
         log = train(model, Windows(ids, T, plan.batch_size, plan.seed),
-                    Windows(valid, T, plan.batch_size), plan, out, sample)
+                    Windows(valid, T, plan.batch_size), plan, out,
+                    lambda: _sample(model, tokenizer, plan.seed))
     except Interrupted as stop:
         raise Interrupted(f"{stop}; a checkpoint is saved. Go on with: "
                           f"llm-from-scratch train --out {out} --resume")
     save_model(model, out)
     _say_result(out, log, len(valid), run["valid_bytes"])
+
+
+def _sample(model: TransformerLM, tokenizer: Tokenizer, seed: int) -> str:
+    return complete(model, tokenizer, "\n", max_new_tokens=60,
+                    temperature=0.8, seed=seed).strip()
 
 
 def _say_result(out: Path, log: list[dict], n_tokens: int, n_bytes: int
@@ -497,6 +508,7 @@ def _train_together(team, out: Path) -> None:
     with together(team):
         run = _load_run(out, None)
         shape, plan = ModelConfig(**run["model"]), TrainConfig(**run["train"])
+        tokenizer = Tokenizer.load(out / "tokenizer.json")
         torch.manual_seed(plan.seed)
         model, T = TransformerLM(shape), shape.context_length
         ids, valid = (open_tokens(out / "data" / f"{part}.tokens")
@@ -508,7 +520,8 @@ def _train_together(team, out: Path) -> None:
         print(f"{total:,} parameters, {len(ids):,} training tokens, "
               f"{plan.n_steps:,} steps, {team.size} processes", flush=True)
     log = train_distributed(team, model, windows, held_out, plan, out,
-                            run["sharding"])
+                            run["sharding"], sample=lambda lm: _sample(
+                                lm, tokenizer, plan.seed))
     whole = whole_model(model)
     with together(team):
         if team.rank == 0:
@@ -849,6 +862,10 @@ def benchmark_command(
     if figure is not None and find_spec("matplotlib") is None:
         raise ValueError("--figure needs an extra: pip install "
                          "'llm-from-scratch-book[figures]'")
+    if figure is not None and figure.suffix not in (".svg", ".pdf", ".png"):
+        raise ValueError(f"--figure is {figure}: end it in .svg, .pdf or .png")
+    for path in filter(None, (keep, figure)):  # before a minute is spent
+        path.absolute().parent.mkdir(parents=True, exist_ok=True)
     with console.status("") as status:
         report = benchmark(device, shape, batch_size, quick, status.update)
     rows, header = report_rows(report)
