@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['app', 'data_app', 'tokenizer_app', 'console', 'SOURCE', 'main', 'data_list', 'data_get', 'tokenizer_train',
            'tokenizer_encode', 'train_command', 'find_model', 'open_model', 'generate_command', 'export_command',
-           'evaluate_command', 'estimate_command', 'plan_command', 'benchmark_command']
+           'quantize_command', 'evaluate_command', 'estimate_command', 'plan_command', 'benchmark_command']
 
 # %% ../nbs/D_command_line.ipynb #b00b2d5d
 import dataclasses
@@ -71,10 +71,16 @@ from llm_from_scratch.performance import (
 )
 from llm_from_scratch.pretrained import (
     encode_chat,
-    load_pretrained,
     read_tokenizer,
     save_gguf,
     save_pretrained,
+)
+from llm_from_scratch.quantization import (
+    calibration_windows,
+    check_request,
+    load_any,
+    quantize_model,
+    save_quantized,
 )
 from .recurrent import bits_per_byte
 from llm_from_scratch.scaling import (
@@ -554,7 +560,7 @@ def open_model(
         if not (Path(weights) / "config.json").is_file():
             raise ValueError(f"{source} is no model: it has no config.json")
     if weights == words:
-        lm, tokenizer = load_pretrained(weights)
+        lm, tokenizer = load_any(weights)
     else:  # a checkpoint has no tokenizer of its own
         lm, tokenizer = load_model(weights), read_tokenizer(words)
     said = lm.special_ids.get("eos_token_id", [])
@@ -656,6 +662,33 @@ def export_command(
     else:
         save_pretrained(lm, tokenizer, out)
     print(f"model in {out}")
+
+# %% ../nbs/D_command_line.ipynb #624eee53
+@app.command("quantize")
+def quantize_command(
+    model: Annotated[str, typer.Argument(help=SOURCE)],
+    out: Annotated[Path, typer.Option(help="A folder to make.")],
+    bits: Annotated[int, typer.Option(
+        help="Of each weight in the blocks: 8 or 4.")] = 8,
+    group_size: Annotated[int, typer.Option(
+        help="Weights that share a ruler at 4 bits: 32, 64, 128, 256.")] = 64,
+    calibrate: Annotated[Path | None, typer.Option(
+        help="A text to round by, with GPTQ.")] = None,
+) -> None:
+    """Keep each weight in 8 or 4 bits.
+
+    Example: `llm-from-scratch quantize smollm2-135m --bits 8 --out small/`
+    """
+    _require_new(out)
+    check_request(bits, group_size)
+    text = None if calibrate is None else "".join(read_pieces(calibrate))
+    lm, tokenizer, _ = open_model(model)
+    windows = None if text is None else calibration_windows(
+        tokenizer, text, min(512, lm.config.context_length))
+    small = quantize_model(lm, bits, group_size, windows)
+    save_quantized(small, tokenizer, out)
+    size = (out / "quantized.safetensors").stat().st_size
+    print(f"model in {out}: {size / 1e6:.1f} MB")
 
 # %% ../nbs/D_command_line.ipynb #ebc264c7
 @app.command("evaluate")

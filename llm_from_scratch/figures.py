@@ -172,6 +172,7 @@ CHAPTERS = {
     "generation": "Learning to speak", "performance": "Faster, larger",
     "distributed": "Faster, larger", "scaling": "Faster, larger",
     "evaluation": "Real models", "pretrained": "Real models",
+    "quantization": "Real models",
 }
 
 
