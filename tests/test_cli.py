@@ -508,6 +508,14 @@ def test_impossible_benchmarks(inside):
     one_line(inside("benchmark", "--device", "tpu"), "'tpu'")
     one_line(inside("benchmark", "--preset", "laptopp"), "'laptop'")
     one_line(inside("benchmark", "--batch-size", 0), "--batch-size")
+    one_line(inside("benchmark", "--figure", "roof.xyz"), ".svg")
+
+
+def test_of_several_processes_one_complains(cli):
+    for rank, lines in (("0", 1), ("1", 0)):
+        done = cli("train", "--stepps", 3, RANK=rank)
+        assert done.returncode == 2
+        assert len(done.stderr.splitlines()) == lines
 
 
 def test_export_and_read_again(cli, run, tmp_path):
