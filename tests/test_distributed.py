@@ -322,19 +322,11 @@ def test_rank_0_writes_samples_and_curves(start, tmp_path):
 
 
 def test_the_best_checkpoint_stays(start, tmp_path):
-    fields = dict(eval_interval=2, keep_checkpoints=1, learning_rate=0.5)
-    start(2, "ddp", tmp_path, warmup_steps=1, max_spike=99.0, **fields)
-    losses = {
-        path.name: json.loads((path / "training.json").read_text())
-        for path in (tmp_path / "shards").iterdir()
-    }
-    lines = (tmp_path / "log.jsonl").read_text().splitlines()
-    records = [json.loads(line) for line in lines]
-    best = min(
-        (r for r in records if "valid_loss" in r),
-        key=lambda r: r["valid_loss"],
-    )["step"]
-    assert set(losses) == {"step-0000008", f"step-{best:07d}"}
+    fields = dict(eval_interval=2, keep_checkpoints=1, max_spike=99.0)
+    # ever larger steps: the loss only grows
+    start(2, "ddp", tmp_path, learning_rate=2.0, warmup_steps=8, **fields)
+    kept = {path.name for path in (tmp_path / "shards").iterdir()}
+    assert kept == {"step-0000002", "step-0000008"}
 
 
 def test_a_warned_machine_saves_and_all_stop(start, alone, tmp_path):
