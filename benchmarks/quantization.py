@@ -30,6 +30,7 @@ from llm_from_scratch.model import TransformerLM, preset, save_model
 from llm_from_scratch.quantization import (
     GroupedProduct,
     IntegerProduct,
+    digits_for,
     quantize_model,
     to_steps,
 )
@@ -66,6 +67,25 @@ def dynamic_int8(model):
     other.head = None
     del other.head
     other.head = SimpleNamespace(weight=AskedHead(head[0]))
+    return other
+
+
+def as_calibrated(model, windows):
+    "In eight bits, with the digits that a calibration would choose."
+    other, hooks = quantize_model(model, 8), []
+    layers = dict(other.named_modules())
+    for name, layer in model.blocks.named_modules():
+        if isinstance(layer, nn.Linear):
+
+            def note(_, args, name=f"blocks.{name}"):
+                layers[name].multiply.digits = digits_for(args[0])
+
+            hooks.append(layer.register_forward_pre_hook(note))
+    with torch.inference_mode():
+        model(windows)
+    for hook in hooks:
+        hook.remove()
+    other.head.multiply.digits = 1  # of a norm, without outliers
     return other
 
 
@@ -106,7 +126,7 @@ def measure(shape, n_prompt, n_new, rounds, only):
     forms = {
         "float32": lambda: quicken(model),
         "bfloat16": lambda: quicken(copy.deepcopy(model).bfloat16()),
-        "int8": lambda: quantize_model(model, 8, 64, windows),
+        "int8": lambda: as_calibrated(model, windows),
         "int8, two digits": lambda: quantize_model(model, 8),
         "int4": lambda: quantize_model(model, 4),
         "torch, dynamic int8": lambda: dynamic_int8(model),
