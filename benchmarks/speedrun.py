@@ -4,9 +4,9 @@ Shakespeare by characters, 4 layers, 4 heads, width 128, context 64. Baseline:
 GPT-2 of transformers, AdamW and a cosine, 2,000 batches of 12 windows, the
 best of several learning rates, in its fastest form (compiled, bf16, attention
 that holds its weights). Ours: no more parameters, the same context and text,
-changes alone and together. Compiling is done
-before the clock starts, and validation stops it, for all alike.
-Runs that stand in --out are not made again.
+changes alone and together. The time of a run is its steps times the median
+second of such a step, all kinds of step in turns: compiling and measuring are
+left out for all alike. What stands in --out is not made again.
 Usage: python benchmarks/speedrun.py [--out FILE]
        python benchmarks/speedrun.py --out LINES --run KEY=VALUE ...
 """
@@ -15,16 +15,17 @@ import argparse
 import dataclasses
 import json
 import math
-import platform
-import statistics
-import time
+from collections import deque
 from contextlib import ExitStack
+from functools import partial
+from itertools import count
 from pathlib import Path
 
 import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
+from timing import interleave, provenance
 from torch.nn import functional as F
 from tqdm import trange
 from training import make_gpt2
@@ -54,7 +55,7 @@ CHANGES = {
     "branches start at zero": {"zero": True},
     "Muon": {"optimizer": "muon"},
     "flat, then a fall": {"schedule": "wsd"},
-    "larger batches": {"batch_size": 2 * BATCH, "n_steps": STEPS // 2},
+    "larger batches": {"batch_size": 2 * BATCH},
 }
 GPT2 = {
     "position": "learned",
@@ -63,7 +64,7 @@ GPT2 = {
     "bias": True,
 }
 RATES, OUR_RATE = (2e-3, 4e-3, 8e-3), 1e-2
-LENGTHS = {"a third": 330, "half": 500, "all": 1000}  # steps of ours
+LENGTHS = {"a third": 305, "half": 460, "all": 920}  # steps of ours
 SEEDS = (0, 1, 2)
 
 
@@ -169,14 +170,9 @@ def make_ours(vocab_size, windows, config, shape, extras, stack):
     return model, step, warm_up, model
 
 
-def run(what, fields, data, seed):
-    "One run: its validation losses and the seconds of training before each."
-    with ExitStack() as stack:
-        return run_with(stack, what, fields, data, seed)
-
-
-def run_with(stack, what, fields, data, seed, points=10):
-    train_ids, valid_ids, vocab_size = data
+def make(stack, what, fields, data, seed):
+    "Model, step, warm-up, forward pass, and how many steps are planned."
+    train_ids, _, vocab_size = data
     fields = dict(fields)
     n_steps = fields.pop("n_steps", STEPS)
     size = fields.pop("batch_size", BATCH)
@@ -184,38 +180,77 @@ def run_with(stack, what, fields, data, seed, points=10):
     windows = Windows(train_ids, CONTEXT, size, seed=100 + seed)
     if what == "peer":
         made = make_peer(vocab_size, windows, rate, n_steps, seed)
-    else:
-        names = {f.name for f in dataclasses.fields(TrainConfig)}
-        plan = {k: fields.pop(k) for k in list(fields) if k in names}
-        extras = {k: fields.pop(k, False) for k in ("squared", "zero")}
-        config = TrainConfig(
-            n_steps=n_steps,
-            batch_size=size,
-            learning_rate=rate,
-            seed=seed,
-            compile="yes",
-            max_spike=math.inf,
-            **plan,
-        )
-        made = make_ours(vocab_size, windows, config, fields, extras, stack)
-    model, step, warm_up, forward = made
-    warm_up()
-    curve, seconds, every = [], 0.0, max(1, n_steps // points)
-    for start in trange(0, n_steps, every, disable=None):
-        began = time.perf_counter()
-        for number in range(start, min(start + every, n_steps)):
-            step(number)
-        seconds += time.perf_counter() - began
-        model.eval()
-        loss = validate(forward, valid_ids)
-        curve.append((number + 1, round(seconds, 2), round(loss, 5)))
-        model.train()
+        return *made, n_steps
+    names = {f.name for f in dataclasses.fields(TrainConfig)}
+    plan = {k: fields.pop(k) for k in list(fields) if k in names}
+    extras = {k: fields.pop(k, False) for k in ("squared", "zero")}
+    config = TrainConfig(
+        n_steps=n_steps,
+        batch_size=size,
+        learning_rate=rate,
+        seed=seed,
+        compile="yes",
+        max_spike=math.inf,
+        **plan,
+    )
+    made = make_ours(vocab_size, windows, config, fields, extras, stack)
+    return *made, n_steps
+
+
+def run(what, fields, data, seed, points=10):
+    "One run: its size and its validation losses by steps."
+    torch._dynamo.reset()
+    with ExitStack() as stack:
+        made = make(stack, what, fields, data, seed)
+        model, step, warm_up, forward, n_steps = made
+        warm_up()
+        curve, every = [], max(1, n_steps // points)
+        for start in trange(0, n_steps, every, disable=None):
+            for number in range(start, min(start + every, n_steps)):
+                step(number)
+            model.eval()
+            curve.append((number + 1, round(validate(forward, data[1]), 5)))
+            model.train()
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
-        "seconds": round(seconds, 2),
-        "loss": curve[-1][2],
+        "loss": curve[-1][1],
         "curve": curve,
     }
+
+
+def several(step, starts, n):
+    "The next n steps, to be timed."
+    return partial(deque, map(step, range(start := next(starts), start + n)))
+
+
+def time_steps(kinds, data, rounds=20, n=5):
+    "Median seconds of a step of each kind, all in turns."
+    torch._dynamo.config.recompile_limit = 100  # each kind is compiled once
+    with ExitStack() as stack:
+        jobs = {}
+        for name, (what, fields) in kinds.items():
+            _, step, warm_up, *_ = make(stack, what, fields, data, 0)
+            warm_up()
+            jobs[name] = partial(several, step, count(0, n), n)
+        seconds = interleave(jobs, rounds)
+    return {name: s / n for name, s in seconds.items()}
+
+
+def kinds_of_run(best):
+    "What the runs are made of, at the peer's best rate: name -> what, fields."
+    whole = dict(GPT2)
+    for change in CHANGES.values():
+        whole |= change
+    kinds = {
+        "peer": ("peer", {"learning_rate": best}),
+        "all": ("ours", {**whole, "learning_rate": OUR_RATE}),
+    }
+    for name, change in {"our loop": {}, **CHANGES}.items():
+        rate = OUR_RATE if "optimizer" in change else best
+        steps = STEPS // 2 * BATCH // change.get("batch_size", BATCH)
+        fields = {**GPT2, **change, "learning_rate": rate, "n_steps": steps}
+        kinds[f"alone: {name}"] = "ours", fields
+    return kinds
 
 
 def planned(best):
@@ -224,63 +259,68 @@ def planned(best):
         yield f"peer, rate {rate}", "peer", {"learning_rate": rate}, 0
     if best is None:
         return
+    kinds = kinds_of_run(best)
     for seed in SEEDS[1:]:
-        yield f"peer, seed {seed}", "peer", {"learning_rate": best}, seed
-    whole = dict(GPT2)
-    for change in CHANGES.values():
-        whole |= change
+        yield f"peer, seed {seed}", *kinds["peer"], seed
+    what, fields = kinds["all"]
     for title, n_steps in LENGTHS.items():
         for seed in SEEDS:
-            fields = {**whole, "learning_rate": OUR_RATE, "n_steps": n_steps}
-            yield f"{title}, seed {seed}", "ours", fields, seed
-    for name, change in {"our loop": {}, **CHANGES}.items():
-        rate = OUR_RATE if "optimizer" in change else best
-        fields = {**GPT2, **change, "learning_rate": rate}
-        yield f"alone: {name}", "ours", fields, 0
+            longer = {**fields, "n_steps": n_steps}
+            yield f"{title}, seed {seed}", what, longer, seed
+    for name, (what, fields) in kinds.items():
+        if name.startswith("alone"):
+            yield name, what, fields, 0
+
+
+def best_rate(runs):
+    "The peer's, once all are tried."
+    tried = {
+        r["loss"]: r["fields"]["learning_rate"]
+        for name, r in runs.items()
+        if name.startswith("peer, rate")
+    }
+    return tried[min(tried)] if len(tried) == len(RATES) else None
 
 
 def make_all(path):
     "What is missing of the plan, in its order; the file grows run by run."
     found = json.loads(path.read_text()) if path.exists() else {"runs": {}}
-    found |= {
-        "command": f"python benchmarks/speedrun.py --out {path}",
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "machine": platform.machine(),
-    }
+    found |= provenance()
     runs, data = found["runs"], read_characters()
+
+    def keep():
+        write_file(path, json.dumps(found) + "\n")
+
     for _ in range(2):  # the rates first, then what hangs on the best one
-        tried = [
-            (r["loss"], r["fields"]["learning_rate"])
-            for name, r in runs.items()
-            if name.startswith("peer, rate")
-        ]
-        best = min(tried)[1] if len(tried) == len(RATES) else None
-        for name, what, fields, seed in planned(best):
+        for name, what, fields, seed in planned(best_rate(runs)):
             if name not in runs:
                 made = run(what, fields, data, seed)
                 runs[name] = {"fields": fields, "seed": seed, **made}
-                write_file(path, json.dumps(found) + "\n")
-                print(name, made["seconds"], round(made["loss"], 4))
-    show(runs)
+                keep()
+                print(name, round(made["loss"], 4))
+    if "step_seconds" not in found:
+        kinds = kinds_of_run(best_rate(runs))
+        found["step_seconds"] = time_steps(kinds, data)
+        keep()
+    show(found)
 
 
-def show(runs):
-    "The table: loss, and seconds beside the baseline's."
-    base = [r for n, r in runs.items() if n.startswith("peer, seed")]
-    rate = base[0]["fields"]["learning_rate"]
-    base.append(runs[f"peer, rate {rate}"])
-    whole = statistics.mean(r["seconds"] for r in base)
-    grid = Table(title=f"{torch.get_num_threads()} threads")
+def show(found):
+    "The table: losses, and the time of training beside the baseline's."
+    seconds = found["step_seconds"]
+    grid = Table(title=f"{found['threads']} threads")
     for column in ("run", "parameters", "steps", "nats a character", "time"):
         grid.add_column(column)
-    for name, r in runs.items():
+    for name, r in found["runs"].items():
+        kind = name.split(",")[0] if "alone" not in name else name
+        kind = "all" if kind in LENGTHS else kind
+        steps = r["curve"][-1][0]
         grid.add_row(
             name,
             f"{r['parameters']:,}",
-            str(r["curve"][-1][0]),
+            str(steps),
             f"{r['loss']:.4f}",
-            f"{r['seconds'] / whole:.2f}",
+            f"{steps * seconds[kind] / (STEPS * seconds['peer']):.2f}",
         )
     Console().print(grid)
 
@@ -306,7 +346,7 @@ def main():
     line = {"what": what, "seed": seed, "fields": fields, **found}
     with open(args.out, "a") as file:
         file.write(json.dumps(line) + "\n")
-    print(what, fields, found["parameters"], found["seconds"], found["loss"])
+    print(what, fields, found["parameters"], found["loss"])
 
 
 if __name__ == "__main__":

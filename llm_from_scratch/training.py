@@ -403,6 +403,8 @@ def _compile(model: nn.Module) -> Callable:
         if works[0]:
             try:
                 return compiled(ids)
+            except torch.OutOfMemoryError:
+                raise
             except Exception as error:   # whatever a compiler may miss
                 works[0] = False
                 tqdm.write(f"not compiled after all: "
@@ -417,7 +419,7 @@ def fast_settings(
     model: nn.Module,
     config: TrainConfig,
 ) -> Iterator[tuple[Callable, str]]:  # what to call, and why: one line
-    "Inside, this machine trains `model` as fast as it can correctly."
+    "Inside, `model` trains as fast as it can, but for rounding the same."
     device = next(model.parameters()).device.type
     precision = _choose_precision(config.precision, device)
     said = [precision if device != "cpu" else
@@ -437,7 +439,8 @@ def fast_settings(
         said.append("not compiled: a short run" if not config.recompute else
                     "not compiled: it recomputes")
     else:
-        said.append("not compiled" + ": no C++ compiler" * (not able))
+        lacks = {"cpu": ": no C++ compiler", "cuda": ": no Triton"}
+        said.append("not compiled" + lacks.get(device, "") * (not able))
     for layer in held:
         layer.holds = True
     try:
@@ -501,7 +504,7 @@ def save_checkpoint(
     folder: str | Path,       # of the run; the checkpoint is a folder in it
     model: TransformerLM,
     optimizer: AdamW,
-    step: int,                # updates done
+    step: int,                # steps done, those without update as well
     extra: dict,              # for JSON: what else the run wants to remember
     keep: int = 2,            # the newest so many stay, and the best
 ) -> Path:                    # the checkpoint, a model folder with more in it
@@ -514,7 +517,9 @@ def save_checkpoint(
         save_model(model, aside)
         write_file(aside / "training.safetensors",
                    save(_training_tensors(model, optimizer)))
-        state = {"step": step, **extra}
+        updates = max((s.get("step", 0) for s in optimizer.state.values()),
+                      default=0)
+        state = {"step": step, "updates": updates, **extra}
         state["sha256"] = {**_checksums(aside), "state": _checksum(state)}
         write_file(aside / "training.json", json.dumps(state) + "\n")
         if final.exists():   # damaged, and made again
@@ -556,7 +561,7 @@ def load_checkpoint(
     folder = Path(folder)
     try:
         state = json.loads((folder / "training.json").read_text())
-        step, wanted = state["step"], state.pop("sha256")
+        _, wanted = state["updates"], state.pop("sha256")
         sums = {**_checksums(folder), "state": _checksum(state)}
         for name in wanted:
             if sums.get(name) != wanted[name]:
@@ -572,7 +577,7 @@ def load_checkpoint(
         held = {key: tensors[f"{key}.{name}"].to(p.device) for key in "mv"
                 if f"{key}.{name}" in tensors}   # Muon has no v
         if held:
-            optimizer.state[p] = {"step": step, **held}
+            optimizer.state[p] = {"step": state["updates"], **held}
     torch.set_rng_state(tensors["rng.cpu"])
     if "rng.cuda" in tensors and next(model.parameters()).is_cuda:
         torch.cuda.set_rng_state(tensors["rng.cuda"])
