@@ -129,7 +129,7 @@ def _digit_product(
     step = x.abs().amax(-1, True).div_(top).clamp_min_(1e-30)
     p = x / step
     both = p.round()
-    if digits == 2:  # what is left over, below what was taken
+    if digits == 2:  # below it what is left over; the kernel rounds that
         both = torch.cat([both, p.sub_(both).mul_(2 * top)])
     product = (
         torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
@@ -165,11 +165,11 @@ class IntegerProduct:
                 matrix.scale.shape[1] != 1):
             raise ValueError(f"digits is {digits!r}; it must be 1 or 2, and "
                              "the matrix have one scale for each row")
-        with warnings.catch_warnings():  # the only way in has been told off
+        with warnings.catch_warnings():  # deprecated, the only way in
             warnings.simplefilter("ignore")
             zeros = torch.zeros(len(matrix.steps), dtype=torch.long)
             whole = torch._make_per_channel_quantized_tensor(
-                matrix.steps, matrix.scale[:, 0].double(), zeros, 0)
+                matrix.steps, matrix.scale[:, 0].double(), zeros, 0)  # axis
             self.packed = torch.ops.quantized.linear_prepack(whole, None)
         self.digits, self.multiply = digits, _without_python()
 
@@ -341,7 +341,7 @@ def _linear(block: nn.Module) -> dict[str, nn.Linear]:
             if isinstance(layer, nn.Linear)}
 
 
-_CREST = 9.0  # largest over mean size of a token, for one digit to do
+_CREST = 9.0  # largest : mean size of a token, up to which one digit does
 
 
 def digits_for(
@@ -629,7 +629,7 @@ def _build(folder: Path, config, bits: int, size: int | None,
                 _take(tensors, name, tuple(p.shape), torch.float32)))
     if tensors:
         raise ValueError(f"there is a tensor {sorted(tensors)[0]}, which "
-                         "this model has not")
+                         "this model does not have")
     fresh = TransformerLM(dataclasses.replace(
         config, n_layers=1, vocab_size=1, d_ff=1))
     model.rotate = fresh.rotate  # tables, which are in no file
