@@ -11,8 +11,6 @@ Usage: python benchmarks/quantization.py [--new N] [--rounds N] [--kernels]
 import argparse
 import copy
 import json
-import platform
-import sys
 import tempfile
 import warnings
 from pathlib import Path
@@ -21,7 +19,7 @@ from types import SimpleNamespace
 import torch
 from rich.console import Console
 from rich.table import Table
-from timing import interleave
+from timing import interleave, provenance
 from torch import nn
 from torch.nn import functional as F
 
@@ -272,14 +270,9 @@ def main():
         old = {}
         if Path(args.save).is_file():  # shapes of an earlier run stay
             old = json.loads(Path(args.save).read_text())
-        content = {
-            "command": old.get("command", [])
-            + ["python " + " ".join(sys.argv)],
-            "seed": 0,
-            "torch": torch.__version__,
-            "processor": f"{platform.machine()}, "
-            + torch.backends.cpu.get_cpu_capability(),
-            "threads": torch.get_num_threads(),
+        here = provenance()
+        content = here | {
+            "command": [*old.get("command", []), here["command"]],
             # tokens per second, of which only ratios mean much
             "shapes": old.get("shapes", {}) | found,
             "kernels": kernels or old.get("kernels", {}),
