@@ -906,13 +906,9 @@ def _ids_of(model: TransformerLM) -> list[int]:
             if isinstance(i, int)]
 
 # %% ../nbs/14_pretrained.ipynb #ba59c37e
-def save_pretrained(
-    model: TransformerLM,
-    tokenizer: Tokenizer,
-    folder: str | Path,
-) -> Path:  # the folder
-    "Write a Hugging Face directory, with the tokenizer and its template."
-    folder = save_model(model, folder)
+def _save_words(model: TransformerLM, tokenizer: Tokenizer,
+                folder: Path) -> None:
+    "Tokenizer, its template, and the names of the special ids."
     save_tokenizer(tokenizer, folder, model.config.context_length)
     path = folder / "tokenizer_config.json"
     content = json.loads(path.read_text(encoding="utf-8"))
@@ -924,6 +920,16 @@ def save_pretrained(
     if template:
         write_file(folder / "chat_template.jinja", template)
     write_file(path, json.dumps(content, indent=2))
+
+
+def save_pretrained(
+    model: TransformerLM,
+    tokenizer: Tokenizer,
+    folder: str | Path,
+) -> Path:  # the folder
+    "Write a Hugging Face directory, with the tokenizer and its template."
+    folder = save_model(model, folder)
+    _save_words(model, tokenizer, folder)
     return folder
 
 # %% ../nbs/14_pretrained.ipynb #e24fb95d

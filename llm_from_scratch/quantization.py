@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llm_from_scratch.model import (
-    TransformerLM, from_hf_config, save_tokenizer, to_hf_config,
+    TransformerLM, from_hf_config, to_hf_config,
 )
 from llm_from_scratch.pretrained import (
-    PretrainedTokenizer, find_pretrained, load_pretrained, read_safetensors,
-    read_tokenizer,
+    PretrainedTokenizer, _save_words, find_pretrained, load_pretrained,
+    read_safetensors, read_tokenizer,
 )
 from .tokenizer import Tokenizer, write_file
 from .training import AdamW
@@ -515,26 +515,12 @@ def save_quantized(
     (folder / "config.json").unlink(missing_ok=True)
     write_file(folder / _FILE, save(tensors))
     _save_words(model, tokenizer, folder)
+    write_file(folder / "generation_config.json",
+               json.dumps(model.special_ids, indent=2))
     write_file(folder / "config.json", json.dumps(content, indent=2))
     return folder
 
 # %% ../nbs/15_quantization.ipynb #68e83cd5
-def _save_words(model, tokenizer, folder: Path) -> None:
-    "Tokenizer, template and the ids that end a text, as for any model."
-    save_tokenizer(tokenizer, folder, model.config.context_length)
-    path = folder / "tokenizer_config.json"
-    content = json.loads(path.read_text(encoding="utf-8"))
-    names = {i: text for text, i in tokenizer.special_tokens.items()}
-    for word, i in model.special_ids.items():
-        if isinstance(i, int) and i in names:
-            content[word.removesuffix("_id")] = names[i]
-    if getattr(tokenizer, "chat_template", None):
-        write_file(folder / "chat_template.jinja", tokenizer.chat_template)
-    write_file(path, json.dumps(content, indent=2))
-    write_file(folder / "generation_config.json",
-               json.dumps(model.special_ids, indent=2))
-
-
 def _take(tensors: dict, name: str, shape: tuple, dtype) -> Tensor:
     found = tensors.pop(name, None)
     if found is None or found.shape != shape or found.dtype != dtype:
