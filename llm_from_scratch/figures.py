@@ -173,6 +173,8 @@ CHAPTERS = {
     "distributed": "Faster, larger", "scaling": "Faster, larger",
     "evaluation": "Real models", "pretrained": "Real models",
     "quantization": "Real models",
+    "finetuning": "Manners", "lora": "Manners",
+    "alignment": "Manners",
 }
 
 
