@@ -6,7 +6,7 @@
 __all__ = ['PRECISIONS', 'DEVICES', 'attainable', 'amdahl', 'ByteCounter', 'count_work', 'TrainingStep', 'time_calls', 'Kernel',
            'matmul_route', 'check_device', 'machine', 'benchmark', 'report_rows', 'draw_roofline', 'mfu', 'Device',
            'find_device', 'Span', 'trace', 'time_by_kind', 'MemoryTimeline', 'memory_timeline', 'blocked_attention',
-           'compiled', 'Bottleneck', 'find_bottlenecks']
+           'Bottleneck', 'find_bottlenecks']
 
 # %% ../nbs/10_performance.ipynb #1aeb8025
 import math
@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import chain, groupby
 
 import torch
 from torch import Tensor, nn
@@ -249,6 +250,17 @@ def _dtype(precision: str) -> torch.dtype:
     return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
+def _by_route(call: Callable, precision: str) -> Callable:
+    "The call by its route; `benchmark` has the usual one already."
+    if precision != "fp32, fast":
+        return call
+
+    def routed():
+        with matmul_route(precision):
+            return call()
+    return routed
+
+
 def _products(device: str, largest: int) -> Iterator[tuple]:
     n = 64
     while n <= largest:
@@ -310,15 +322,16 @@ def benchmark(
     if device == "cuda" and not quick:
         n, stream = 8192, 2**27
     kernels = []
-    for group in (_products(device, n), _streams(device, stream),
-                  *(_pieces(config, batch_size, device, p)
-                    for p in PRECISIONS)):
-        for name, precision, call in group:
-            said(f"{name}, {precision}")
-            with matmul_route(precision):
-                flops, moved = count_work(call)
-                seconds = time_calls({"": call}, 3 if quick else 5)[""]
-            kernels.append(Kernel(name, precision, flops, moved, seconds))
+    pieces = zip(*(_pieces(config, batch_size, device, p)
+                   for p in PRECISIONS))  # a piece in one precision, the next
+    for name, same in groupby(chain(_products(device, n), _streams(
+            device, stream), chain.from_iterable(pieces)), lambda k: k[0]):
+        said(name)
+        calls = {p: _by_route(call, p) for _, p, call in same}
+        with matmul_route("fp32"):
+            work = {p: count_work(call) for p, call in calls.items()}
+            seconds = time_calls(calls, 3 if quick else 5)
+        kernels += [Kernel(name, p, *work[p], seconds[p]) for p in calls]
     products = [k for k in kernels if k.name.startswith("product")]
     peaks = {p: max(k.flops / k.seconds for k in products if k.precision == p)
              for p in PRECISIONS}
@@ -412,8 +425,9 @@ class Device:
         return self.tflops * 1e3 / self.bandwidth
 
 
-DEVICES = {  # as `torch.cuda.get_device_name()` spells them, in part
-    "V100-SXM2": Device(125, 900, 32, "nvidia.com/en-us/data-center/v100"),
+DEVICES = {  # as torch names them, without the maker and the kind of memory
+    "V100-SXM2-32GB": Device(125, 900, 32,
+                             "nvidia.com/en-us/data-center/v100"),
     "T4": Device(65, 320, 16, "nvidia.com/en-us/data-center/tesla-t4"),
     "A100-SXM4-80GB": Device(312, 2039, 80,
                              "nvidia.com/en-us/data-center/a100"),
@@ -433,10 +447,9 @@ DEVICES = {  # as `torch.cuda.get_device_name()` spells them, in part
 def find_device(
     name: str,  # as `torch.cuda.get_device_name()` gives it
 ) -> Device | None:
-    "The longest name of the table that is part of `name`, if there is one."
-    words = [key for key in DEVICES if re.search(
-        rf"\b{re.escape(key)}\b", name)]
-    return DEVICES[max(words, key=len)] if words else None
+    "The row of this very card; `None` for variants, which differ in peaks."
+    return DEVICES.get(" ".join(word for word in name.split() if not re.match(
+        r"(NVIDIA|Tesla|GeForce|AMD|Instinct|HBM\w+)$", word)))
 
 # %% ../nbs/10_performance.ipynb #881c3b0c
 @dataclass(frozen=True)
@@ -644,23 +657,6 @@ def blocked_attention(
         done.append(mixed / total)
     return torch.cat(done, 2)
 
-# %% ../nbs/10_performance.ipynb #85f2c408
-def compiled(
-    model: nn.Module,
-    *sample: Tensor,    # arguments to try it on
-    **options,          # for `torch.compile`
-) -> tuple[Callable, str]:  # what to call, and why it is not compiled
-    "A compiled model that was tried, or the model itself and the reason."
-    from torch._dynamo.exc import BackendCompilerFailed
-    from torch._inductor.exc import InductorError
-
-    fast = torch.compile(model, **options)
-    try:
-        fast(*sample)
-    except (BackendCompilerFailed, InductorError) as error:
-        return model, str(error).split("\n")[0]
-    return fast, ""
-
 # %% ../nbs/10_performance.ipynb #142753ab
 @dataclass(frozen=True)
 class Bottleneck:
@@ -680,7 +676,7 @@ def _recompiles(step, fetch) -> Bottleneck | None:
     n = counters["stats"]["unique_graphs"] - before
     if n:
         return Bottleneck(
-            "recompiles", f"{n} new graphs in three steps after the first",
+            "recompiles", f"{n} new graphs in three steps, after two others",
             "give every batch the same shape, or compile with dynamic=True")
 
 
@@ -697,14 +693,14 @@ def _starving(step, fetch) -> Bottleneck | None:
 
 def _small_batch(step, fetch) -> Bottleneck | None:
     batch = fetch(0)
-    twice = [torch.cat([part, part]) for part in batch]
+    large = [torch.cat([part] * 4) for part in batch]
     times = time_calls({"one": lambda: step(*batch),
-                        "two": lambda: step(*twice)}, 7, 0.0, min)
-    gain = 2 * times["one"] / times["two"]
+                        "four": lambda: step(*large)}, 7, 0.0, min)
+    gain = 4 * times["one"] / times["four"]
     if gain > 1.25:
         return Bottleneck(
-            "small batch", f"twice the batch: {gain:.1f} times the tokens "
-            "per second", "a larger batch, if memory allows")
+            "small batch", f"four times the batch: {gain:.1f} times the "
+            "tokens per second", "a larger batch, if memory allows")
 
 
 def _python(step, fetch) -> Bottleneck | None:

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['RECIPES', 'cross_entropy', 'AdamW', 'parameter_groups', 'orthogonalize', 'Muon', 'learning_rate', 'clip_gradients',
-           'autocast', 'LossScaler', 'recompute', 'TrainConfig', 'Diverged', 'train_step', 'evaluate', 'fast_settings',
-           'list_checkpoints', 'best_checkpoint', 'save_checkpoint', 'load_checkpoint', 'Interrupted', 'train',
-           'fit_batch']
+           'autocast', 'LossScaler', 'recompute', 'TrainConfig', 'Diverged', 'train_step', 'evaluate', 'compiled',
+           'fast_settings', 'list_checkpoints', 'best_checkpoint', 'save_checkpoint', 'load_checkpoint', 'Interrupted',
+           'train', 'fit_batch']
 
 # %% ../nbs/08_training.ipynb #bdfcfdce
 import dataclasses
@@ -395,14 +395,17 @@ def _can_compile(device: str) -> bool:
     return device == "cpu" and any(map(shutil.which, names))
 
 
-def _compile(model: nn.Module) -> Callable:
-    "The model translated; or as it is, if the compiler gives up."
-    compiled, works = torch.compile(model), [True]
+def compiled(
+    model: nn.Module,
+    **options,      # for `torch.compile`
+) -> Callable:      # to be called in place of the model
+    "The model translated; or, if the compiler gives up, as it is."
+    fast, works = torch.compile(model, **options), [True]
 
     def forward(ids):
         if works[0]:
             try:
-                return compiled(ids)
+                return fast(ids)
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:   # whatever a compiler may miss
@@ -433,7 +436,7 @@ def fast_settings(
     able = _can_compile(device)
     if config.compile == "yes" or config.compile == "auto" and (
             able and config.n_steps >= 2000 and not config.recompute):
-        forward = _compile(model)
+        forward = compiled(model)
         said.append("compiled, which takes up to a minute")
     elif able and config.compile == "auto":
         said.append("not compiled: a short run" if not config.recompute else

@@ -141,10 +141,30 @@ def test_a_report_survives_json_and_makes_rows():
     )
     back = json.loads(json.dumps(report))
     rows, header = report_rows(back)
-    assert len(rows) == len(told) == len(back["kernels"])
+    assert len(rows) == len(back["kernels"])
+    assert told == list(dict.fromkeys(k["name"] for k in back["kernels"]))
     assert {len(row) for row in rows} == {len(header)}
     assert all(p > 0 for p in back["peaks"].values())
     assert list(back["peaks"]) == list(PRECISIONS)
+
+
+def test_the_precisions_of_a_kernel_take_turns(monkeypatch):
+    asked, routes = [], []
+
+    def note(calls, rounds):
+        asked.append(list(calls))
+        return dict.fromkeys(calls, 1.0)
+
+    monkeypatch.setattr(module, "time_calls", note)
+    report = benchmark(config=tiny(), batch_size=1, quick=True)
+    assert {tuple(kinds) for kinds in asked} == {PRECISIONS, ("fp32",)}
+    assert [k["precision"] for k in report["kernels"]] == sum(asked, [])
+    for precision in PRECISIONS:
+        module._by_route(
+            lambda: routes.append(torch.get_float32_matmul_precision()),
+            precision,
+        )()
+    assert routes == ["highest", "medium", "highest"]
 
 
 def test_the_route_is_put_back_after_an_error():
@@ -162,11 +182,39 @@ def test_every_device_is_found_by_the_name_torch_gives():
     for name, device in DEVICES.items():
         assert find_device(f"NVIDIA {name}") == device
         assert device.source and device.ridge > 100
-    assert find_device("Tesla T4") == DEVICES["T4"]
-    assert find_device("Tesla V100-SXM2-32GB") == DEVICES["V100-SXM2"]
-    assert find_device("NVIDIA H100 80GB HBM3") == DEVICES["H100 80GB"]
-    for unknown in ("", "NVIDIA T400", "NVIDIA A10", "AMD EPYC"):
-        assert find_device(unknown) is None
+    for name in (
+        "Tesla T4",
+        "Tesla V100-SXM2-32GB",
+        "NVIDIA A100-SXM4-40GB",
+        "NVIDIA H100 80GB HBM3",
+        "NVIDIA GeForce RTX 4090",
+        "AMD Instinct MI300X",
+    ):
+        assert find_device(name) is not None, name
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        "NVIDIA T400",
+        "NVIDIA A10",
+        "AMD EPYC",
+        "NVIDIA H200 NVL",
+        "NVIDIA GH200 480GB",
+        "NVIDIA H100 PCIe",
+        "NVIDIA H100 NVL",
+        "NVIDIA A100-PCIE-40GB",
+        "NVIDIA A100 80GB PCIe",
+        "NVIDIA A100-SXM4-80GB MIG 3g.40gb",
+        "NVIDIA GeForce RTX 4090 Laptop GPU",
+        "NVIDIA GeForce RTX 4090 D",
+        "NVIDIA RTX 4000 Ada Generation",
+        "Tesla V100-SXM2-16GB",
+    ],
+)
+def test_another_card_does_not_borrow_a_peak(name):
+    assert find_device(name) is None
 
 
 @pytest.mark.parametrize(
@@ -223,7 +271,7 @@ def pretended_card(monkeypatch):
     def stand_in(name, call):
         def pieces(*args):
             asked.append((name, *args))
-            for precision in PRECISIONS:
+            for precision in args[3:] or PRECISIONS:  # as of a model
                 yield name, precision, call
 
         return pieces
@@ -252,7 +300,7 @@ def test_a_card_is_asked_for_larger_work(pretended_card):
     ]
     assert report["machine"]["device"] == "NVIDIA H200"
     assert find_device(report["machine"]["device"]) == DEVICES["H200"]
-    assert len(report_rows(report)[0]) == 15
+    assert len(report_rows(report)[0]) == 9
 
 
 def test_tensors_are_made_where_they_are_asked_for():
@@ -264,7 +312,9 @@ def test_tensors_are_made_where_they_are_asked_for():
             assert call().device.type == "meta"
 
 
-def test_the_cell_for_a_card_runs(monkeypatch):
+@pytest.fixture
+def cell_for_a_card(monkeypatch):
+    "Its code, made small; what it would keep comes back as a dictionary."
     book = Path(__file__).parent.parent / "nbs" / "10_performance.ipynb"
     cells = json.loads(book.read_text())["cells"]
     (code,) = (
@@ -274,12 +324,29 @@ def test_the_cell_for_a_card_runs(monkeypatch):
     )
     code = code.replace('16, "cuda", "bf16", wrap=torch.compile', "16")
     code = code.replace('benchmark("cuda")', "{}")
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
     kept = {}
-    names = vars(module) | {
-        "preset": lambda name: tiny(),
-        "flops_per_token": flops_per_token,
-        "keep": lambda part, content: kept.update({part: content}),
-    }
-    exec(code, names)
-    assert 0 < kept["gpu"]["MFU"] < 1 and kept["gpu"]["GPT-2 step"] > 0
+
+    def run(card):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda: card)
+        mine = {
+            "preset": lambda name: tiny(),
+            "flops_per_token": flops_per_token,
+            "keep": lambda part, content: kept.update({part: content}),
+        }
+        exec(code, vars(module) | mine)
+        return kept["gpu"]
+
+    return run
+
+
+def test_the_cell_for_a_card_runs(cell_for_a_card):
+    kept = cell_for_a_card("NVIDIA H200")
+    assert 0 < kept["MFU"] < 1 and kept["GPT-2 step"] > 0
+
+
+def test_an_unknown_card_is_named_before_anything_is_timed(
+    cell_for_a_card, monkeypatch
+):
+    monkeypatch.delattr(module, "TrainingStep")
+    with pytest.raises(ValueError, match="'NVIDIA H200 NVL' is not in DEVI"):
+        cell_for_a_card("NVIDIA H200 NVL")

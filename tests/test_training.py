@@ -21,6 +21,7 @@ from llm_from_scratch.training import (
     AdamW,
     TrainConfig,
     best_checkpoint,
+    compiled,
     fast_settings,
     parameter_groups,
     train_step,
@@ -174,14 +175,14 @@ def test_compiled_steps_learn_the_same():
     )
     batches = Windows(np.arange(999) % 32, 16, 4)
     losses = {}
-    for compiled in ("no", "yes"):
+    for choice in ("no", "yes"):
         torch.manual_seed(0)
         model = TransformerLM(shape).train()
-        config = TrainConfig(n_steps=3, precision="fp32", compile=compiled)
+        config = TrainConfig(n_steps=3, precision="fp32", compile=choice)
         optimizer = AdamW(parameter_groups(model, 0.1))
         with fast_settings(model, config) as (forward, why):
-            assert ("not compiled" in why) == (compiled == "no")
-            losses[compiled] = [
+            assert ("not compiled" in why) == (choice == "no")
+            losses[choice] = [
                 train_step(
                     model, optimizer, batches, i, config, forward=forward
                 )["loss"]
@@ -189,3 +190,19 @@ def test_compiled_steps_learn_the_same():
             ]
     assert losses["no"] == pytest.approx(losses["yes"], abs=1e-4)
     assert not any(block.attention.holds for block in model.blocks)
+
+
+def test_a_compiler_that_fails_is_given_up_once(capsys):
+    asked = []
+
+    def broken(graph, inputs):
+        asked.append("once")
+        raise RuntimeError("no compiler")
+
+    model, x = torch.nn.Linear(4, 4), torch.ones(1, 4)
+    forward = compiled(model, backend=broken)
+    for _ in range(2):
+        assert torch.equal(forward(x), model(x))
+    assert asked == ["once"]
+    assert capsys.readouterr().err.count("not compiled after all") == 1
+    torch._dynamo.reset()
