@@ -793,7 +793,7 @@ class Cluster:
     efficiency: float = 0.4         # share of the peak while it computes
     gpus_per_node: int = 8
     link: float = 450e9             # bytes a second out of a GPU, in a node
-    network: float = 400e9          # bytes a second out of a node
+    network: float = 400e9          # bytes a second, all cards of a node
     latency: float = 1e-5           # seconds for a message
     dollars_per_hour: float = 3.0   # one GPU; an assumption, put yours
 
@@ -823,7 +823,7 @@ def cluster_bytes(
     counts = count_parameters(config)
     inside = counts["attention"] + counts["feed-forward"]
     n, block = counts["total"], inside // config.n_layers
-    share, copies = (1, n) if sharding == "ddp" else (
+    cut, copies = (1, n) if sharding == "ddp" else (
         size, n - inside + 2 * block)   # the ends, this block and the next
     kept = activation_bytes(config, batch_size, context)
     logits = 3 * kept.pop("logits")   # with their softmax and gradient
@@ -831,9 +831,9 @@ def cluster_bytes(
     if recomputes:
         inputs = 2 * batch_size * context * config.d_model * config.n_layers
         short = inputs + short // config.n_layers
-    parts = {"weights": 4 * n // share, "gradients": 4 * n // share,
-             "AdamW moments": 8 * n // share, "bf16 copies": 2 * copies,
-             "gathered gradients": 4 * (n - inside + block) * (share > 1),
+    parts = {"weights": 4 * n // cut, "gradients": 4 * n // cut,
+             "AdamW moments": 8 * n // cut, "bf16 copies": 2 * copies,
+             "gathered gradients": 4 * (n - inside + block) * (cut > 1),
              "activations": short, "logits": logits}
     return parts | {"total": sum(parts.values())}
 
@@ -859,14 +859,16 @@ def _candidates(config: ModelConfig, cluster: Cluster, context: int,
 def _step_seconds(config: ModelConfig, cluster: Cluster, context: int,
                   way: dict) -> tuple[float, float]:
     "Computing and exchanging, in one step."
-    c, n_weights = cluster, count_parameters(config)["total"]
+    c, L, counts = cluster, config.n_layers, count_parameters(config)
+    n_weights = counts["total"]
+    inside = counts["attention"] + counts["feed-forward"]
     texts = way["batch per GPU"] * way["accumulation"]
     work = flops_per_token(config, True, context) * texts * context
     compute = work / (c.peak_flops * c.efficiency)
     if way["recompute"]:
         compute *= 4 / 3
-    inner = c.n_gpus <= c.gpus_per_node
-    speed = c.link if inner else min(c.link, c.network)
+    inner = c.n_gpus <= c.gpus_per_node   # beyond, rings share the load:
+    speed = c.link if inner else min(c.link, c.network)   # one for each card
 
     def send(n_bytes, rounds, messages):
         return exchange_seconds(n_bytes, c.n_gpus, speed, c.latency, rounds,
@@ -874,9 +876,9 @@ def _step_seconds(config: ModelConfig, cluster: Cluster, context: int,
 
     if way["sharding"] != "fsdp":   # buckets of 25 MB
         return compute, send(4 * n_weights, 2, 1 + 4 * n_weights // 25e6)
-    gather = send(2 * n_weights, 1, config.n_layers + 1)
-    scatter = send(4 * n_weights, 1, config.n_layers + 1)
-    return compute, way["accumulation"] * (2 * gather + scatter)
+    gather = send(2 * (n_weights + inside), 1, 2 * L + 1)   # blocks twice
+    scatter = send(4 * n_weights, 1, L + 1)
+    return compute, way["accumulation"] * (gather + scatter)
 
 # %% ../nbs/11_distributed.ipynb #236a7142
 def estimate_cluster(

@@ -23,7 +23,13 @@ from llm_from_scratch.distributed import (
     join,
     train_distributed,
 )
-from llm_from_scratch.model import PRESETS, ModelConfig, TransformerLM, preset
+from llm_from_scratch.model import (
+    PRESETS,
+    ModelConfig,
+    TransformerLM,
+    count_parameters,
+    preset,
+)
 from llm_from_scratch.training import TrainConfig
 
 pytestmark = pytest.mark.skipif(
@@ -428,6 +434,18 @@ def test_a_plan_fits_or_says_why(name, n):
     context = min(preset(name).context_length, 8192)
     assert plan["tokens per step"] == passes * n * context
     assert plan["days"] <= plan["days without overlap"]
+
+
+def test_a_plan_gathers_blocks_twice_and_the_ends_once():
+    shape = preset("llama-3.1-8b")
+    cluster = Cluster(n_gpus=8, latency=1e-30)
+    plan = estimate_cluster(shape, cluster, batch_tokens=2**18)
+    counts = count_parameters(shape)
+    ends = counts["total"] - counts["attention"] - counts["feed-forward"]
+    gathered = 2 * (2 * (counts["total"] - ends) + ends)
+    sent = 7 / 8 * (gathered + 4 * counts["total"]) * plan["accumulation"]
+    assert plan["sharding"] == "fsdp"
+    assert plan["exchange seconds"] == pytest.approx(sent / cluster.link)
 
 
 def test_more_gpus_never_need_more_memory_each():
