@@ -386,7 +386,7 @@ RUNS = [   # parameters, bytes read, loss in nats per byte
     (428672, 2**18, 2.0496), (428672, 2**19, 1.8533), (428672, 2**20, 1.7246),
     (934848, 2**18, 2.0385), (934848, 2**19, 1.8435), (1647872, 2**18, 2.0196),
 ]
-_DEAREST = 3401614098432   # operations of the dearest of them
+_LARGEST = 3401614098432   # operations of the most expensive of them
 
 
 @lru_cache(maxsize=1)
@@ -542,11 +542,11 @@ def describe(
             ("loss", f"{plan.loss:.3f}")]
     if plan.interval:
         low, high = plan.interval
-        reach = plan.flops / _DEAREST
-        name = "interval of the fit" if reach > 1 else "90 of 100 runs lie in"
+        reach = plan.flops / _LARGEST
+        name = f"90 of 100 {'draws' if reach > 1 else 'runs'} lie in"
         rows.append((name, f"{low:.3f} to {high:.3f}"))
         if reach > 1:
-            rows.append(("times our dearest run", f"{reach:,.1f}"))
+            rows.append(("times our largest run", f"{reach:,.1f}"))
     if plan.seconds is not None:
         hours = plan.seconds / 3600
         rows.append(("time", f"{hours / 24:,.1f} days" if hours >= 48 else
