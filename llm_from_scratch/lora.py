@@ -29,15 +29,14 @@ from llm_from_scratch.quantization import (
 )
 from .tokenizer import write_file
 
-# %% ../nbs/17_lora.ipynb #d95d784d
+# %% ../nbs/17_lora.ipynb #9b1aa1f4
 @dataclass(frozen=True)
 class LoRAConfig:
     "What fixes an adapter besides the shape of its base."
-    rank: int = 8                  # r, width of the detour
-    alpha: float = 16.0            # strength; the detour counts alpha / rank
-    targets: tuple[str, ...] = ()  # ends of names; none: all linear layers
-    dropout: float = 0.0           # of what enters the detour, in training
-    rslora: bool = False           # divide by the root of the rank instead
+    rank: int = 8          # r, width of the detour
+    alpha: float = 16.0    # strength; the detour counts alpha / rank
+    dropout: float = 0.0   # of what enters the detour, in training
+    rslora: bool = False   # divide by the root of the rank instead
 
     def __post_init__(self):
         if type(self.rank) is not int or self.rank < 1:
@@ -48,9 +47,6 @@ class LoRAConfig:
             if type(value) not in (int, float) or not least <= value < most:
                 raise ValueError(f"{name} is {value!r}; it must be a number "
                                  f"from {least} to below {most}")
-        if isinstance(self.targets, str):
-            raise ValueError(f"targets is {self.targets!r}; it must be a "
-                             f"tuple of names, such as ({self.targets!r},)")
 
     @property
     def scale(self) -> float:
@@ -58,7 +54,7 @@ class LoRAConfig:
         return self.alpha / (math.sqrt(self.rank) if self.rslora
                              else self.rank)
 
-# %% ../nbs/17_lora.ipynb #ff718b0e
+# %% ../nbs/17_lora.ipynb #4739275e
 class Adapter(nn.Module):
     "Two thin matrices beside each of the matrices stacked in one layer."
 
@@ -101,7 +97,7 @@ class Adapter(nn.Module):
             else torch.zeros(n, self.a[self.parts[0]].shape[1])
             for part, n in self.rows.items()])
 
-# %% ../nbs/17_lora.ipynb #deb047ce
+# %% ../nbs/17_lora.ipynb #9711a22b
 class LoRALinear(nn.Module):
     "A frozen linear layer, and adapters of which one, some or none count."
 
@@ -125,7 +121,7 @@ class LoRALinear(nn.Module):
         x: Tensor,  # (B, ..., D)
     ) -> Tensor:    # (B, ..., F)
         "The base's answer, and what the active adapters add to it."
-        if isinstance(self.base, QuantizedLinear) and torch.is_grad_enabled():
+        if isinstance(self.base, QuantizedLinear):
             y = _ThroughSteps.apply(x, self.base)
         else:
             y = self.base(x)
@@ -145,7 +141,7 @@ class LoRALinear(nn.Module):
     def _find(self, name: str | None) -> Adapter | None:
         return self.adapters[name] if name in self.adapters else None
 
-# %% ../nbs/17_lora.ipynb #d1493cf7
+# %% ../nbs/17_lora.ipynb #276ae8b5
 def _share(model: TransformerLM, trainable: bool) -> TransformerLM:
     "Modules anew, tensors shared: nothing is stored a second time."
     keep = {id(t): t for t in model.buffers()}
@@ -186,7 +182,7 @@ def _their_layers(
                            for full, (rows, _) in zip(theirs, shapes)}
     return found
 
-# %% ../nbs/17_lora.ipynb #0e671fe0
+# %% ../nbs/17_lora.ipynb #8cfac38a
 def _insert(
     model: TransformerLM,
     wanted: dict[str, Iterable],  # our layer -> names of theirs to adapt
@@ -194,6 +190,11 @@ def _insert(
     name: str,
 ) -> TransformerLM:
     "A model that shares all tensors with `model` and has a new adapter."
+    if not name or "." in name or hasattr(nn.ModuleDict, name) or any(
+            name in layer.adapters for layer in model.modules()
+            if isinstance(layer, LoRALinear)):
+        raise ValueError(f"name is {name!r}; it must be a new word without "
+                         "a dot")
     model, whole = _share(model, False), _their_layers(model)
     if isinstance(model.head, QuantizedLinear):  # gradients must pass it
         model.head = LoRALinear(model.head)
@@ -209,7 +210,7 @@ def _insert(
             config).to(weight.device)
     return use_adapter(model, name)
 
-# %% ../nbs/17_lora.ipynb #f0704745
+# %% ../nbs/17_lora.ipynb #1d6f5549
 def use_adapter(
     model: TransformerLM,
     which: str | list[str | None] | None,  # None: the base; a list: by row
@@ -225,7 +226,7 @@ def use_adapter(
         layer.active = which
     return model
 
-# %% ../nbs/17_lora.ipynb #f5e405e7
+# %% ../nbs/17_lora.ipynb #3c61a903
 def add_lora(
     model: TransformerLM,          # stays as it is
     rank: int = 8,
@@ -236,24 +237,20 @@ def add_lora(
     name: str = "default",
 ) -> TransformerLM:                # shares all tensors with `model`
     "Freeze the base and set an adapter beside its matrices (Hu et al. 2022)."
-    if not isinstance(targets, str):
-        targets = tuple(targets)
-    config = LoRAConfig(rank, alpha, targets, dropout, rslora)
-    if not name or "." in name:
-        raise ValueError(f"name is {name!r}; a word without a dot is needed")
-    whole = _their_layers(model)
+    config = LoRAConfig(rank, alpha, dropout, rslora)
+    if isinstance(targets, str):
+        raise ValueError(f"targets is {targets!r}; give a list of names, such "
+                         f"as [{targets!r}]")
+    targets, whole = tuple(targets), _their_layers(model)
     every = [full for parts in whole.values() for full in parts]
-
-    def fits(full: str, target: str) -> bool:
-        return f".{full}".endswith(f".{target}")
-
     for target in targets:
-        if not any(fits(full, target) for full in every):
+        if not any(f".{full}".endswith(f".{target}") for full in every):
             short = dict.fromkeys(full.rpartition(".")[2] for full in every)
             raise ValueError(f"targets: no layer is called {target!r}; "
                              "choose from " + ", ".join(short))
-    wanted = {place: [full for full in parts if not targets
-                      or any(fits(full, t) for t in targets)]
+    ends = tuple(f".{target}" for target in targets)
+    wanted = {place: [full for full in parts
+                      if not targets or f".{full}".endswith(ends)]
               for place, parts in whole.items()}
     return _insert(model, {k: v for k, v in wanted.items() if v}, config,
                    name)
@@ -268,7 +265,7 @@ def lora_parameters(
             for key, adapter in layer.adapters.items()
             if name in (None, key) for p in adapter.parameters()]
 
-# %% ../nbs/17_lora.ipynb #dfeebf41
+# %% ../nbs/17_lora.ipynb #91779edd
 @torch.no_grad()
 def merge_lora(
     model: TransformerLM,  # of `add_lora` or `load_adapter`
@@ -304,7 +301,7 @@ def _merged(layer: LoRALinear) -> nn.Linear:
         linear.bias = nn.Parameter(base.bias.detach())
     return linear
 
-# %% ../nbs/17_lora.ipynb #ff989d76
+# %% ../nbs/17_lora.ipynb #8fc98c41
 class _ThroughSteps(torch.autograd.Function):
     "The kernel forward; backward, the matrix is restored for a moment."
 
@@ -317,7 +314,7 @@ class _ThroughSteps(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         return grad @ ctx.layer.matrix.restore().to(grad.dtype), None
 
-# %% ../nbs/17_lora.ipynb #77507e00
+# %% ../nbs/17_lora.ipynb #e3a0f332
 def fingerprint(
     model: TransformerLM,  # with adapters or without
 ) -> str:                  # 64 hexadecimal digits
@@ -379,7 +376,7 @@ def save_adapter(
     write_file(folder / _CONFIG, json.dumps(content, indent=2) + "\n")
     return folder
 
-# %% ../nbs/17_lora.ipynb #d86dc0c2
+# %% ../nbs/17_lora.ipynb #830b2708
 _NOT_OURS = (  # fields of PEFT's that must say nothing
     "use_dora", "modules_to_save", "rank_pattern", "alpha_pattern",
     "lora_bias", "layer_replication", "trainable_token_indices",
@@ -406,7 +403,7 @@ def _read_config(path: Path) -> LoRAConfig:
         raise ValueError(f"{path}: {odd[0]} is {said[odd[0]]!r}; adapters "
                          "with it are not supported")
     try:
-        return LoRAConfig(said.get("r"), said.get("lora_alpha"), (),
+        return LoRAConfig(said.get("r"), said.get("lora_alpha"),
                           said.get("lora_dropout", 0.0),
                           said.get("use_rslora") is True)
     except ValueError as error:
@@ -420,7 +417,7 @@ def _base_of(path: Path) -> str | None:
         said = json.loads(file.read(size)).get("__metadata__")
     return said.get("base_sha256") if isinstance(said, dict) else None
 
-# %% ../nbs/17_lora.ipynb #0bf1fc9a
+# %% ../nbs/17_lora.ipynb #053d015a
 def load_adapter(
     model: TransformerLM,     # the base, or one with other adapters
     folder: str | Path,       # of `save_adapter`, or of `peft`
@@ -430,6 +427,9 @@ def load_adapter(
     "Read an adapter; ValueError if it was made for another base."
     folder = Path(folder)
     config, path = _read_config(folder / _CONFIG), folder / _WEIGHTS
+    if not path.is_file():
+        raise ValueError(f"{path} is missing; another form, such as a pickle "
+                         "in adapter_model.bin, is not read")
     r, found = config.rank, {}
     layers = {full: (place, rows, model.get_submodule(place).weight.shape[1])
               for place, parts in _their_layers(model).items()

@@ -298,14 +298,23 @@ def test_files_come_back_also_on_a_quantized_base(tmp_path):
         (dict(alpha=-1), ["alpha is -1"]),
         (dict(alpha=float("nan")), ["alpha is nan"]),
         (dict(dropout=1.0), ["dropout is 1.0"]),
-        (dict(targets="q_proj"), ["targets is 'q_proj'", "tuple"]),
+        (dict(targets="q_proj"), ["targets is 'q_proj'", "list"]),
         (dict(targets=["proj"]), ["'proj'", "q_proj", "down_proj"]),
         (dict(name=""), ["name is ''"]),
         (dict(name="a.b"), ["name is 'a.b'"]),
+        (dict(name="keys"), ["name is 'keys'"]),
     ],
 )
 def test_refuses_bad_requests(change, words):
     refuses(words, add_lora, make("llama"), **change)
+
+
+def test_no_adapter_takes_the_place_of_another(adapted, tmp_path):
+    refuses(["'default'", "new word"], add_lora, adapted)
+    save_adapter(adapted, tmp_path)
+    refuses(["'default'", "new word"], load_adapter, adapted, tmp_path)
+    model = load_adapter(adapted, tmp_path, "again")
+    assert model(IDS).equal(adapted(IDS))
 
 
 def test_an_old_design_is_adapted_but_not_saved(tmp_path):
@@ -386,6 +395,12 @@ FIRST = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
         (
             lambda f: (f / "adapter_model.safetensors").write_bytes(b"PK" * 9),
             ["damaged"],
+        ),
+        (
+            lambda f: (f / "adapter_model.safetensors").rename(
+                f / "adapter_model.bin"
+            ),
+            ["is missing", "pickle"],
         ),
     ],
 )
