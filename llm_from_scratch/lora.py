@@ -314,7 +314,7 @@ class _ThroughSteps(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         return grad @ ctx.layer.matrix.restore().to(grad.dtype), None
 
-# %% ../nbs/17_lora.ipynb #e3a0f332
+# %% ../nbs/17_lora.ipynb #42dbdebb
 def fingerprint(
     model: TransformerLM,  # with adapters or without
 ) -> str:                  # 64 hexadecimal digits
@@ -376,7 +376,7 @@ def save_adapter(
     write_file(folder / _CONFIG, json.dumps(content, indent=2) + "\n")
     return folder
 
-# %% ../nbs/17_lora.ipynb #830b2708
+# %% ../nbs/17_lora.ipynb #1ac4b683
 _NOT_OURS = (  # fields of PEFT's that must say nothing
     "use_dora", "modules_to_save", "rank_pattern", "alpha_pattern",
     "lora_bias", "layer_replication", "trainable_token_indices",
@@ -417,7 +417,7 @@ def _base_of(path: Path) -> str | None:
         said = json.loads(file.read(size)).get("__metadata__")
     return said.get("base_sha256") if isinstance(said, dict) else None
 
-# %% ../nbs/17_lora.ipynb #053d015a
+# %% ../nbs/17_lora.ipynb #9a37b839
 def load_adapter(
     model: TransformerLM,     # the base, or one with other adapters
     folder: str | Path,       # of `save_adapter`, or of `peft`
