@@ -91,10 +91,10 @@ class Adapter(nn.Module):
 
     def update(self) -> Tensor:  # (F, D)
         "What the detour would add to the matrix of the layer."
+        first = self.a[self.parts[0]]
         return torch.cat([
             self.config.scale * self.b[part] @ self.a[part]
-            if part in self.parts
-            else torch.zeros(n, self.a[self.parts[0]].shape[1])
+            if part in self.parts else first.new_zeros(n, first.shape[1])
             for part, n in self.rows.items()])
 
 # %% ../nbs/17_lora.ipynb #9711a22b

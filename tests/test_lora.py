@@ -94,6 +94,8 @@ def test_peft_reads_ours(name, rslora, exported, tmp_path):
 
     model = shake(add_lora(make(name), 3, 5.0, rslora=rslora))
     save_adapter(model, tmp_path, base=str(exported[name]))
+    said = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert said["fan_in_fan_out"] == (name == "gpt2")
     other = PeftModel.from_pretrained(theirs(exported[name]), tmp_path)
     with torch.no_grad():
         torch.testing.assert_close(
