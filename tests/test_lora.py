@@ -145,6 +145,8 @@ def test_peft_reads_what_sits_in_one_block_only(exported, tmp_path):
     )
     assert len(lora_parameters(model)) == 2
     save_adapter(model, tmp_path)
+    said = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert said["target_modules"] == ["model.layers.1.self_attn.q_proj"]
     other = PeftModel.from_pretrained(theirs(exported["llama"]), tmp_path)
     with torch.no_grad():
         torch.testing.assert_close(
