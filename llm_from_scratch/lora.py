@@ -42,11 +42,14 @@ class LoRAConfig:
         if type(self.rank) is not int or self.rank < 1:
             raise ValueError(f"rank is {self.rank!r}; it must be a whole "
                              "number from 1")
-        for name, least, most in (("alpha", 0, math.inf), ("dropout", 0, 1)):
-            value = getattr(self, name)
-            if type(value) not in (int, float) or not least <= value < most:
-                raise ValueError(f"{name} is {value!r}; it must be a number "
-                                 f"from {least} to below {most}")
+        if type(self.alpha) not in (int, float) or (
+                not 0 < self.alpha < math.inf):
+            raise ValueError(f"alpha is {self.alpha!r}; it must be a number "
+                             "above 0")
+        if type(self.dropout) not in (int, float) or (
+                not 0 <= self.dropout < 1):
+            raise ValueError(f"dropout is {self.dropout!r}; it must be a "
+                             "number from 0 to below 1")
 
     @property
     def scale(self) -> float:
@@ -142,12 +145,12 @@ class LoRALinear(nn.Module):
         return self.adapters[name] if name in self.adapters else None
 
 # %% ../nbs/17_lora.ipynb #276ae8b5
-def _share(model: TransformerLM, trainable: bool) -> TransformerLM:
+def _share(model: TransformerLM) -> TransformerLM:
     "Modules anew, tensors shared: nothing is stored a second time."
     keep = {id(t): t for t in model.buffers()}
     for name, p in model.named_parameters():
-        keep[id(p)] = (p if ".adapters." in name else
-                       nn.Parameter(p.detach(), trainable))
+        keep[id(p)] = p if ".adapters." in name else nn.Parameter(
+            p.detach(), False)
     return copy.deepcopy(model, keep)
 
 
@@ -195,7 +198,7 @@ def _insert(
             if isinstance(layer, LoRALinear)):
         raise ValueError(f"name is {name!r}; it must be a new word without "
                          "a dot")
-    model, whole = _share(model, False), _their_layers(model)
+    model, whole = _share(model), _their_layers(model)
     if isinstance(model.head, QuantizedLinear):  # gradients must pass it
         model.head = LoRALinear(model.head)
     for place, parts in wanted.items():
@@ -269,9 +272,9 @@ def lora_parameters(
 @torch.no_grad()
 def merge_lora(
     model: TransformerLM,  # of `add_lora` or `load_adapter`
-) -> TransformerLM:        # without adapters, in float32
-    "Add the active adapter to the matrices; the base stays as it is."
-    whole = _share(model, True)
+) -> TransformerLM:        # without adapters, with tensors of its own
+    "Add the active adapter to the matrices; what was in steps is restored."
+    whole = copy.deepcopy(model)
     for name, layer in list(whole.named_modules()):
         if isinstance(layer, LoRALinear):
             if isinstance(layer.active, list):
@@ -286,7 +289,7 @@ def merge_lora(
                 layer.matrix.restore(), freeze=False))
     if whole.config.tie_embeddings:
         whole.head = None
-    return whole
+    return whole.requires_grad_(True)
 
 
 def _merged(layer: LoRALinear) -> nn.Linear:
@@ -298,7 +301,7 @@ def _merged(layer: LoRALinear) -> nn.Linear:
     linear = nn.Linear(*weight.shape[::-1], bias=False, device="meta")
     linear.weight = nn.Parameter(weight)
     if base.bias is not None:
-        linear.bias = nn.Parameter(base.bias.detach())
+        linear.bias = nn.Parameter(base.bias.detach().clone())
     return linear
 
 # %% ../nbs/17_lora.ipynb #8fc98c41

@@ -199,6 +199,9 @@ def test_merged_is_adapted_and_can_be_saved(name, tmp_path):
     model = shake(add_lora(base, 3))
     merged = merge_lora(model)
     assert not any(isinstance(m, LoRALinear) for m in merged.modules())
+    own = {p.data_ptr() for p in merged.parameters()}
+    assert not own & {p.data_ptr() for p in base.parameters()}
+    assert all(p.requires_grad for p in merged.parameters())
     assert fingerprint(model) == fingerprint(base) != fingerprint(merged)
     with torch.no_grad():
         torch.testing.assert_close(
@@ -300,6 +303,7 @@ def test_files_come_back_also_on_a_quantized_base(tmp_path):
         (dict(rank=2.0), ["rank is 2.0"]),
         (dict(rank=True), ["rank is True"]),
         (dict(alpha=-1), ["alpha is -1"]),
+        (dict(alpha=0), ["alpha is 0"]),
         (dict(alpha=float("nan")), ["alpha is nan"]),
         (dict(dropout=1.0), ["dropout is 1.0"]),
         (dict(targets="q_proj"), ["targets is 'q_proj'", "list"]),
