@@ -47,8 +47,8 @@ from llm_from_scratch.model import (
 from .recurrent import mean_loss
 from .tokenizer import write_file
 from llm_from_scratch.training import (
-    AdamW, Diverged, Interrupted, LossScaler, Muon, TrainConfig, autocast,
-    clip_gradients, learning_rate, orthogonalize, parameter_groups, recompute,
+    AdamW, Diverged, Interrupted, LossScaler, Muon, TrainConfig,
+    apply_gradients, autocast, orthogonalize, parameter_groups, recompute,
     _Board, _checksum, _checksums, _choose_precision, _cut_log,
     _highest_loss, _keep_batch, _mark, _remove, _require_same_plan,
     _require_same_shape, _show, _write_record,
@@ -478,34 +478,17 @@ def _update(runner: nn.Module, optimizer: AdamW, windows: Share, step: int,
     "One step, the same on every rank, and whether any rank must stop."
     began, own = time.perf_counter(), windows.own
     torch.manual_seed((c.seed << 40) + step * team.size + team.rank)
-    record = {"scale": scaler.scale} if scaler else {}
     loss = _gradients(runner, windows, step + skipped, c, team.device,
                       not isinstance(runner, DistributedDataParallel),
-                      **record)
+                      scaler.scale if scaler else 1.0)
     said = torch.stack([loss, torch.full_like(loss, len(flag))])
     dist.all_reduce(said)
     total, stops = said[0].item() / team.size, said[1].item()
-    params = list(runner.parameters())
-    taken = scaler is None or scaler.unscale(params)
-    norm = clip_gradients(params, c.max_norm)
-    if not math.isfinite(total + (norm if taken else 0)) or total > limit:
-        optimizer.zero_grad(set_to_none=True)
-        error = Diverged(f"step {step + 1}: loss {total:.3g}, gradient norm "
-                         f"{norm:.3g}; nothing was updated")
-        error.number = step + skipped
-        raise error
-    rate = learning_rate(step, c.n_steps, c.learning_rate, c.warmup_steps,
-                         schedule=c.schedule)
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    if taken:
-        optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    record = apply_gradients(optimizer, list(runner.parameters()), total, step,
+                             c, skipped, limit, scaler)
     n_tokens = own.batch_size * own.context_length * c.accumulation_steps
     speed = n_tokens * team.size / (time.perf_counter() - began)
-    return {"step": step + 1, "loss": total, "lr": rate,
-            "grad_norm": norm if taken else None, **record,
-            "tokens_per_second": speed}, stops > 0
+    return record | {"tokens_per_second": speed}, stops > 0
 
 # %% ../nbs/11_distributed.ipynb #dd4fda4f
 @contextmanager

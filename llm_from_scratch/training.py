@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['RECIPES', 'cross_entropy', 'AdamW', 'parameter_groups', 'orthogonalize', 'Muon', 'learning_rate', 'clip_gradients',
-           'autocast', 'LossScaler', 'recompute', 'TrainConfig', 'Diverged', 'train_step', 'evaluate', 'compiled',
-           'fast_settings', 'list_checkpoints', 'best_checkpoint', 'save_checkpoint', 'load_checkpoint', 'Interrupted',
-           'train', 'fit_batch']
+           'autocast', 'LossScaler', 'recompute', 'TrainConfig', 'Diverged', 'apply_gradients', 'train_step',
+           'evaluate', 'compiled', 'fast_settings', 'list_checkpoints', 'best_checkpoint', 'save_checkpoint',
+           'load_checkpoint', 'Interrupted', 'train', 'fit_batch']
 
 # %% ../nbs/08_training.ipynb #bdfcfdce
 import dataclasses
@@ -330,6 +330,37 @@ class Diverged(ValueError):
     "A step was refused: its loss is no number, or far above the last ones."
 
 
+def apply_gradients(
+    optimizer: AdamW,
+    params: list[Tensor],     # with gradients, which it clears
+    loss: float,              # that they were computed from
+    step: int,                # from 0
+    config: TrainConfig,
+    skipped: int = 0,         # steps whose batches were passed over
+    limit: float = math.inf,  # a higher loss is refused
+    scaler: LossScaler | None = None,  # for fp16
+) -> dict:                    # the record of the step, for the log
+    "Update the weights once; Diverged, and no update, if that would harm."
+    record = {"scale": scaler.scale} if scaler else {}
+    taken = scaler is None or scaler.unscale(params)
+    norm = clip_gradients(params, config.max_norm)
+    if not math.isfinite(loss + (norm if taken else 0)) or loss > limit:
+        optimizer.zero_grad(set_to_none=True)
+        error = Diverged(f"step {step + 1}: loss {loss:.3g}, gradient norm "
+                         f"{norm:.3g}; nothing was updated")
+        error.number = step + skipped
+        raise error
+    rate = learning_rate(step, config.n_steps, config.learning_rate,
+                         config.warmup_steps, schedule=config.schedule)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    if taken:
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return {"step": step + 1, "loss": loss, "lr": rate,
+            "grad_norm": norm if taken else None, **record}
+
+
 def train_step(
     model: nn.Module,         # ids (B, T) -> logits (B, T, V)
     optimizer: AdamW,
@@ -341,10 +372,8 @@ def train_step(
     scaler: LossScaler | None = None,  # for fp16
     forward: Callable | None = None,   # the model compiled; default: itself
 ) -> dict:                    # the record of the step, for the log
-    "Update the weights once; Diverged, and no update, if that would harm."
+    "Gradients of a batch, and what `apply_gradients` makes of them."
     c, began = config, time.perf_counter()
-    rate = learning_rate(step, c.n_steps, c.learning_rate, c.warmup_steps,
-                         schedule=c.schedule)
     params = list(model.parameters())
     device, total, n_tokens = params[0].device, 0.0, 0
     call = model if forward is None else forward
@@ -357,24 +386,10 @@ def train_step(
                                    targets.flatten()) / c.accumulation_steps
         (loss * scaler.scale if scaler else loss).backward()
         total, n_tokens = total + loss.detach(), n_tokens + targets.numel()
-    record = {"scale": scaler.scale} if scaler else {}
-    taken = scaler is None or scaler.unscale(params)
-    norm, total = clip_gradients(params, c.max_norm), total.item()
-    if not math.isfinite(total + (norm if taken else 0)) or total > limit:
-        optimizer.zero_grad(set_to_none=True)
-        error = Diverged(f"step {step + 1}: loss {total:.3g}, gradient norm "
-                         f"{norm:.3g}; nothing was updated")
-        error.number = step + skipped
-        raise error
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    if taken:
-        optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    record = apply_gradients(optimizer, params, total.item(), step, c, skipped,
+                             limit, scaler)
     seconds = time.perf_counter() - began
-    return {"step": step + 1, "loss": total, "lr": rate,
-            "grad_norm": norm if taken else None, **record,
-            "tokens_per_second": n_tokens / seconds}
+    return record | {"tokens_per_second": n_tokens / seconds}
 
 # %% ../nbs/08_training.ipynb #556b3aeb
 def evaluate(
@@ -417,6 +432,18 @@ def compiled(
     return forward
 
 
+def _is_long(model: nn.Module, config: TrainConfig) -> bool:
+    "Whether compiling wins back its time, by steps or by operations."
+    shape = getattr(model, "config", None)
+    length = getattr(shape, "context_length", None) or 0
+    n_tokens = (config.n_steps * config.batch_size * config.accumulation_steps
+                * length)
+    size = sum(p.numel() for p in model.parameters())
+    device = next(model.parameters()).device.type
+    enough = 3e13 if device == "cpu" else 1e16
+    return config.n_steps >= 2000 or 6 * size * n_tokens > enough
+
+
 @contextmanager
 def fast_settings(
     model: nn.Module,
@@ -435,7 +462,7 @@ def fast_settings(
     forward = model
     able = _can_compile(device)
     if config.compile == "yes" or config.compile == "auto" and (
-            able and config.n_steps >= 2000 and not config.recompute):
+            able and _is_long(model, config) and not config.recompute):
         forward = compiled(model)
         said.append("compiled, which takes up to a minute")
     elif able and config.compile == "auto":
@@ -848,5 +875,5 @@ def fit_batch(
 # %% ../nbs/08_training.ipynb #50dba24b
 RECIPES = {
     "nano": TrainConfig(n_steps=200, eval_batches=10),
-    "laptop": TrainConfig(n_steps=900, batch_size=8),
+    "laptop": TrainConfig(n_steps=1632, batch_size=8, learning_rate=0.004),
 }

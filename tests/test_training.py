@@ -6,6 +6,7 @@ half of them after a random time, half at a random place inside the writing,
 renaming or removing of a checkpoint, with a file half written or half gone.
 """
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -15,9 +16,11 @@ import numpy as np
 import pytest
 import torch
 
+from llm_from_scratch import training
 from llm_from_scratch.data import Windows
-from llm_from_scratch.model import ModelConfig, TransformerLM
+from llm_from_scratch.model import PRESETS, ModelConfig, TransformerLM
 from llm_from_scratch.training import (
+    RECIPES,
     AdamW,
     TrainConfig,
     best_checkpoint,
@@ -27,7 +30,7 @@ from llm_from_scratch.training import (
     train_step,
 )
 
-LIVES = '''
+LIVES = """
 import os, random, shutil, signal, sys, time
 from pathlib import Path
 
@@ -129,7 +132,7 @@ while min(kills.values()) < 25:
         runs += 1   # it outran us; the next life begins another run
 life(f"run-{runs}", 0)
 print(sum(kills.values()))
-'''
+"""
 
 
 def records(folder):
@@ -206,3 +209,17 @@ def test_a_compiler_that_fails_is_given_up_once(capsys):
     assert asked == ["once"]
     assert capsys.readouterr().err.count("not compiled after all") == 1
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(
+    "preset, n_steps, is_long",
+    [("nano", 200, False), ("nano", 2000, True), ("laptop", 100, False)]
+    + [("laptop", RECIPES["laptop"].n_steps, True)],
+)
+def test_auto_compiles_what_is_long(monkeypatch, preset, n_steps, is_long):
+    monkeypatch.setattr(training, "_can_compile", lambda device: True)
+    monkeypatch.setattr(training, "compiled", lambda model: None)
+    model = TransformerLM(PRESETS[preset])
+    plan = dataclasses.replace(RECIPES[preset], n_steps=n_steps)
+    with fast_settings(model, plan) as (forward, _):
+        assert (forward is None) == is_long
