@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['app', 'data_app', 'tokenizer_app', 'console', 'SOURCE', 'main', 'data_list', 'data_get', 'tokenizer_train',
            'tokenizer_encode', 'train_command', 'find_model', 'open_model', 'generate_command', 'export_command',
-           'quantize_command', 'evaluate_command', 'estimate_command', 'plan_command', 'benchmark_command']
+           'quantize_command', 'evaluate_command', 'finetune_command', 'chat_command', 'lora_command', 'merge_command',
+           'align_command', 'estimate_command', 'plan_command', 'benchmark_command']
 
 # %% ../nbs/D_command_line.ipynb #b00b2d5d
 import dataclasses
@@ -24,11 +25,21 @@ from typing import Annotated
 # when another program wants a core; torch reads this when it is imported
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import numpy as np
 import torch
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from llm_from_scratch.alignment import (
+    PAIR_METHODS,
+    REWARDS,
+    AlignConfig,
+    align_pairs,
+    align_rewards,
+    read_pairs,
+    read_problems,
+)
 from llm_from_scratch.data import (
     CORPORA,
     Windows,
@@ -40,6 +51,16 @@ from llm_from_scratch.data import (
     write_tokens,
 )
 from .evaluation import TASKS, run_tasks, score_text
+from llm_from_scratch.finetuning import (
+    PLAIN_TEMPLATE,
+    Batches,
+    encode_chats,
+    end_ids,
+    finetune,
+    pad_examples,
+    read_chats,
+    reply,
+)
 from llm_from_scratch.generation import (
     check_sampling,
     complete,
@@ -47,6 +68,13 @@ from llm_from_scratch.generation import (
     matching,
     quicken,
     stream_text,
+)
+from llm_from_scratch.lora import (
+    add_lora,
+    load_adapter,
+    lora_parameters,
+    merge_lora,
+    save_adapter,
 )
 from llm_from_scratch.model import (
     PRESETS,
@@ -733,6 +761,209 @@ def evaluate_command(
     console.print(grid)
     if out is not None:
         write_file(out, json.dumps(answers, indent=1) + "\n")
+
+# %% ../nbs/D_command_line.ipynb #52e9fe32
+@app.command("finetune")
+def finetune_command(
+    model: Annotated[str, typer.Argument(help=SOURCE)],
+    data: Annotated[Path, typer.Option(
+        help="A .jsonl file with a conversation a line.")],
+    out: Annotated[Path, typer.Option(help="A folder to make.")],
+    epochs: Annotated[int, typer.Option(
+        help="How often each conversation is seen.")] = 2,
+    learning_rate: Annotated[float, typer.Option(
+        help="The highest one.")] = 5e-5,
+    batch_size: Annotated[int, typer.Option(
+        help="Conversations in a step.")] = 8,
+    context: Annotated[int, typer.Option(
+        help="Leave out conversations with more tokens.")] = 512,
+    resume: Annotated[bool, typer.Option(
+        "--resume", help="Go on with a run that was stopped.")] = False,
+    seed: Annotated[int, typer.Option(help="Of the order.")] = 0,
+) -> None:
+    """Teach a model to answer, by examples.
+
+    Example: `llm-from-scratch finetune run/ --data chats.jsonl --out taught/`
+    """
+    if not resume:
+        _require_new(out)
+    if min(epochs, batch_size, context) < 1:
+        raise ValueError(f"epochs {epochs}, batch_size {batch_size} and "
+                         f"context {context} must be at least 1")
+    chats = read_chats(data)
+    lm, tokenizer, _ = open_model(model)
+    tokenizer.chat_template = tokenizer.chat_template or PLAIN_TEMPLATE
+    width = min(context, lm.config.context_length)
+    examples, n_left_out = encode_chats(tokenizer, chats, width)
+    if n_left_out:
+        print(f"note: {n_left_out} of {len(chats)} conversations have more "
+              f"than {width} tokens and are left out", file=sys.stderr)
+    batches = Batches(examples, lambda part: pad_examples(part, 0, width),
+                      batch_size, seed, size=lambda e: len(e.ids))
+    n_steps = epochs * len(batches)
+    log = finetune(lm, batches, TrainConfig(
+        n_steps=n_steps, learning_rate=learning_rate, weight_decay=0.01,
+        warmup_steps=n_steps // 10, seed=seed), folder=out)
+    save_pretrained(lm, tokenizer, out)
+    if log:
+        print(f"loss {log[0]['loss']:.3f} at first, {log[-1]['loss']:.3f} at "
+              "the end")
+    print(f"model in {out}")
+
+# %% ../nbs/D_command_line.ipynb #84f6e568
+@app.command("chat")
+def chat_command(
+    model: Annotated[str, typer.Argument(help=SOURCE)],
+    system: Annotated[str | None, typer.Option(
+        help="What the model is told before the first question.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(
+        help="Stop an answer after so many tokens.")] = 200,
+    temperature: Annotated[float, typer.Option(
+        help="0 is greedy, 1 the model's own probabilities.")] = 0.7,
+    top_p: Annotated[float | None, typer.Option(
+        help="Choose among the best tokens that make up p.")] = 0.95,
+    seed: Annotated[int | None, typer.Option(
+        help="The same seed gives the same answers.")] = None,
+) -> None:
+    """Talk to a model. Ctrl-D ends the talk.
+
+    Example: `llm-from-scratch chat smollm2-135m`
+    """
+    lm, tokenizer, _ = open_model(model)
+    if tokenizer.chat_template is None:
+        raise ValueError(f"{model} has no chat template; teach it one with "
+                         "llm-from-scratch finetune")
+    check_sampling(lm.config.vocab_size, max_new_tokens,
+                   temperature=temperature, top_p=top_p)
+    lm, messages = quicken(lm), []
+    if system:
+        messages.append({"role": "system", "content": system})
+    while True:
+        try:
+            text = input("you: ")
+        except EOFError:
+            print()
+            return
+        if not sys.stdin.isatty():
+            print(text)   # as it would stand on a terminal
+        if not text.strip():
+            continue
+        asked = messages + [{"role": "user", "content": text}]
+        answer = ""
+        try:
+            for piece in reply(lm, tokenizer, asked, max_new_tokens,
+                               temperature=temperature, top_p=top_p,
+                               seed=seed):
+                print(piece, end="", flush=True)
+                answer += piece
+        except ValueError as error:  # too long, or with a special token
+            print(f"not sent: {error}", file=sys.stderr)
+            continue
+        print()
+        messages = asked + [{"role": "assistant",
+                             "content": answer if answer.strip() else "..."}]
+
+# %% ../nbs/D_command_line.ipynb #89df2d98
+@app.command("lora")
+def lora_command(
+    model: Annotated[str, typer.Argument(help=SOURCE)],
+    data: Annotated[Path, typer.Option(help="A text to learn.")],
+    out: Annotated[Path, typer.Option(help="A folder to make.")],
+    rank: Annotated[int, typer.Option(help="Width of the detours.")] = 8,
+    alpha: Annotated[float, typer.Option(help="Their strength.")] = 16.0,
+    steps: Annotated[int, typer.Option(help="Batches to learn from.")] = 200,
+    rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
+    batch_size: Annotated[int, typer.Option(help="Windows a batch.")] = 8,
+) -> None:
+    """Train an adapter on a text.
+
+    Example: `llm-from-scratch lora run --data verses.txt --out bible/`
+    """
+    _require_new(out)
+    lm, tokenizer, _ = open_model(model)
+    ids = np.array(tokenizer.encode("".join(read_pieces(data))))
+    length = min(256, lm.config.context_length)
+    windows = Windows(ids, length, batch_size)
+    tuned = add_lora(lm, rank, alpha)
+    log = train(tuned, windows, windows, TrainConfig(
+        steps, batch_size, learning_rate=rate, weight_decay=0.0,
+        eval_batches=1, warmup_steps=min(50, steps // 10)))
+    save_adapter(tuned, out, base=model)
+    n = sum(p.numel() for p in lora_parameters(tuned))
+    print(f"adapter in {out}: {n:,} numbers, loss {log[-1]['loss']:.3f}")
+
+
+@app.command("merge")
+def merge_command(
+    model: Annotated[str, typer.Argument(help=SOURCE)],
+    adapter: Annotated[Path, typer.Argument(help="A folder of `lora`.")],
+    out: Annotated[Path, typer.Option(help="A folder to make.")],
+    any_base: Annotated[bool, typer.Option(
+        help="Do not ask whether it was made for this base.")] = False,
+) -> None:
+    """Add an adapter to its base, and write the whole model.
+
+    Example: `llm-from-scratch merge run bible/ --out both/`
+    """
+    _require_new(out)
+    lm, tokenizer, _ = open_model(model)
+    tuned = load_adapter(lm, adapter, any_base=any_base)
+    save_pretrained(merge_lora(tuned), tokenizer, out)
+    print(f"model in {out}")
+
+# %% ../nbs/D_command_line.ipynb #cd31dd1d
+@app.command("align")
+def align_command(
+    model: Annotated[str, typer.Argument(help=SOURCE)],
+    data: Annotated[Path, typer.Option(
+        help="JSON lines: prompt, chosen, rejected; or prompt and what the "
+             "reward wants.")],
+    out: Annotated[Path, typer.Option(help="Folder to make.")],
+    method: Annotated[str, typer.Option(
+        help="From pairs: dpo, ipo, simpo, kto. From rewards: grpo, ppo, "
+             "reinforce.")] = "dpo",
+    reward: Annotated[str, typer.Option(
+        help="For rewards: exact or palindrome.")] = "exact",
+    steps: Annotated[int, typer.Option(help="Number of steps.")] = 100,
+    batch_size: Annotated[int, typer.Option(
+        help="Pairs, or prompts, of a step.")] = 32,
+    learning_rate: Annotated[float, typer.Option(
+        help="Of AdamW; a hundredth of this for large models.")] = 3e-4,
+    beta: Annotated[float, typer.Option(
+        help="Price of a nat of distance from the start.")] = 0.1,
+    group_size: Annotated[int, typer.Option(
+        help="For rewards: answers to each prompt.")] = 8,
+    max_new_tokens: Annotated[int, typer.Option(
+        help="For rewards: most tokens of an answer.")] = 16,
+    on_bad_reward: Annotated[str, typer.Option(
+        help="stop, or skip: go on without answers whose reward failed.",
+    )] = "stop",
+    seed: Annotated[int, typer.Option(help="Of batches and answers.")] = 0,
+) -> None:
+    """Teach a model from preferences or rewards.
+
+    Example: `llm-from-scratch align run/ --method dpo --data pairs.jsonl
+    --out better/`
+    """
+    _require_new(out)
+    config = AlignConfig(
+        method, steps, batch_size, learning_rate, beta, seed=seed,
+        group_size=group_size, max_new_tokens=max_new_tokens,
+        on_bad_reward=on_bad_reward)
+    judge = REWARDS[nearest(reward, REWARDS, "reward")]
+    lm, tokenizer, _ = open_model(model)
+    end = min(end_ids(lm, tokenizer))  # or the one that the model names first
+    if method in PAIR_METHODS:
+        log = align_pairs(lm, read_pairs(data, tokenizer, end), config,
+                          progress=True)
+        print(f"pairs told apart: {log[-1]['accuracy']:.0%}")
+    else:
+        log = align_rewards(
+            lm, read_problems(data, tokenizer), judge, tokenizer, config, end,
+            keep_in=out.with_suffix(".batch.jsonl"), progress=True)
+        print(f"reward: {log[0]['reward']:.3f} -> {log[-1]['reward']:.3f}")
+    save_pretrained(lm, tokenizer, out)
+    print(f"model in {out}")
 
 # %% ../nbs/D_command_line.ipynb #fd1bbb51
 def _bytes(text: str, option: str = "--memory") -> int:
