@@ -103,6 +103,7 @@ def run(folder, name, fields):
         )
     log = [json.loads(line) for line in open(place / "log.jsonl")]
     curve = [[r["step"], r["valid_loss"]] for r in log if "valid_loss" in r]
+    fields = fields | {"n_steps": log[-1]["step"]}  # of the run that stands
     return {"fields": fields, "valid_loss": curve[-1][1], "curve": curve}
 
 
