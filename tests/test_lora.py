@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+import shapes
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -27,20 +28,8 @@ from llm_from_scratch.model import TransformerLM, preset, save_model
 from llm_from_scratch.quantization import quantize_model
 from llm_from_scratch.training import AdamW, autocast
 
-V = 300
-SMALL = dict(vocab_size=V, d_model=64, n_layers=2, n_heads=4)
-SHAPES = {
-    "llama": preset("nano", vocab_size=V, n_kv_heads=2),
-    "gpt2": preset("gpt2-124m", context_length=64, dropout=0.0, **SMALL),
-    "qwen3": preset(
-        "qwen3-0.6b",
-        n_kv_heads=2,
-        head_dim=32,
-        d_ff=172,
-        context_length=64,
-        **SMALL,
-    ),
-}
+V = shapes.V
+SHAPES = {"llama": preset("nano", vocab_size=V, n_kv_heads=2)} | shapes.SHAPES
 IDS = torch.randint(0, V, (2, 24), generator=torch.Generator().manual_seed(0))
 
 

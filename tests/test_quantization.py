@@ -5,6 +5,7 @@ import json
 import math
 
 import pytest
+import shapes
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -41,20 +42,8 @@ from llm_from_scratch.quantization import (
 )
 from llm_from_scratch.tokenizer import Tokenizer
 
-V = 300
-SMALL = dict(vocab_size=V, d_model=64, n_layers=2, n_heads=4)
-SHAPES = {
-    "untied": preset("nano", vocab_size=V),
-    "gpt2": preset("gpt2-124m", context_length=64, dropout=0.0, **SMALL),
-    "qwen3": preset(
-        "qwen3-0.6b",
-        n_kv_heads=2,
-        head_dim=32,
-        d_ff=172,
-        context_length=64,
-        **SMALL,
-    ),
-}
+V = shapes.V
+SHAPES = {"untied": preset("nano", vocab_size=V)} | shapes.SHAPES
 
 
 @pytest.fixture(scope="module")
