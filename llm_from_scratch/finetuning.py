@@ -44,8 +44,8 @@ from llm_from_scratch.pretrained import (
 from .tokenizer import END_OF_TEXT, Tokenizer
 from llm_from_scratch.training import (
     AdamW, Diverged, Interrupted, Muon, TrainConfig, _catch_interrupt,
-    _choose_precision, _resume, autocast, clip_gradients,
-    learning_rate, parameter_groups, recompute, save_checkpoint,
+    _choose_precision, _resume, apply_gradients, autocast,
+    parameter_groups, recompute, save_checkpoint,
 )
 
 # %% ../nbs/16_finetuning.ipynb #6d510baa
@@ -303,21 +303,15 @@ def _step(model: nn.Module, optimizer: AdamW, batches: Batches, step: int,
         total, count = total + value.item(), count + n
     grads = [p.grad for p in model.parameters() if p.grad is not None]
     torch._foreach_div_(grads, max(count, 1))
-    norm = clip_gradients(model.parameters(), c.max_norm)
-    if not count or not math.isfinite(total + norm):
-        optimizer.zero_grad(set_to_none=True)
-        raise Diverged(f"step {step + 1}: {count} positions count, loss "
-                       f"{total:.3g}, gradient norm {norm:.3g}; nothing was "
-                       "updated. Look at the batch of this step, or try a "
-                       f"learning_rate below {c.learning_rate}")
-    rate = learning_rate(step, c.n_steps, c.learning_rate, c.warmup_steps,
-                         schedule=c.schedule)
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return {"step": step + 1, "loss": total / count, "lr": rate,
-            "grad_norm": norm, "counted": count}
+    mean = total / count if count else math.nan
+    try:
+        record = apply_gradients(optimizer, list(model.parameters()), mean,
+                                 step, c)
+    except Diverged as error:
+        raise Diverged(f"{error}; {count} positions count. Look at the batch "
+                       "of this step, or try a learning_rate below "
+                       f"{c.learning_rate}") from None
+    return record | {"counted": count}
 
 # %% ../nbs/16_finetuning.ipynb #92acad7e
 def _name_order(batches: Batches) -> str:
