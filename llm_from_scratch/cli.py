@@ -33,6 +33,7 @@ from rich.table import Table
 
 from llm_from_scratch.alignment import (
     PAIR_METHODS,
+    REWARD_METHODS,
     REWARDS,
     AlignConfig,
     align_pairs,
@@ -104,6 +105,7 @@ from llm_from_scratch.pretrained import (
     save_pretrained,
 )
 from llm_from_scratch.quantization import (
+    QuantizedLinear,
     calibration_windows,
     check_request,
     load_any,
@@ -669,6 +671,9 @@ def generate_command(
 def _require_new(out: Path) -> None:
     if out.exists():
         raise ValueError(f"--out {out} is there already: choose another name")
+    above = next(p for p in out.absolute().parents if p.exists())
+    if not above.is_dir():  # say so before an hour is spent
+        raise ValueError(f"--out {out} cannot be made: {above} is no folder")
 
 
 @app.command("export")
@@ -763,6 +768,19 @@ def evaluate_command(
         write_file(out, json.dumps(answers, indent=1) + "\n")
 
 # %% ../nbs/D_command_line.ipynb #52e9fe32
+def _open_floats(
+    source: str,
+) -> tuple[TransformerLM, Tokenizer]:
+    "A model whose matrices can be trained; ValueError for one in steps."
+    lm, tokenizer, _ = open_model(source)
+    if any(isinstance(layer, QuantizedLinear) for layer in lm.modules()):
+        raise ValueError(
+            f"{source} is quantized, and steps cannot be trained: teach the "
+            "model it was made from, or set an adapter beside it with "
+            "llm-from-scratch lora")
+    return lm, tokenizer
+
+
 @app.command("finetune")
 def finetune_command(
     model: Annotated[str, typer.Argument(help=SOURCE)],
@@ -785,13 +803,19 @@ def finetune_command(
 
     Example: `llm-from-scratch finetune run/ --data chats.jsonl --out taught/`
     """
+    if resume and not list_checkpoints(out):
+        raise ValueError(f"--resume: {out} holds no checkpoint to go on from")
+    if not resume and list_checkpoints(out):
+        raise ValueError(
+            f"--out {out} holds a run already: add --resume to go on with "
+            "it, or choose another folder")
     if not resume:
         _require_new(out)
     if min(epochs, batch_size, context) < 1:
         raise ValueError(f"epochs {epochs}, batch_size {batch_size} and "
                          f"context {context} must be at least 1")
     chats = read_chats(data)
-    lm, tokenizer, _ = open_model(model)
+    lm, tokenizer = _open_floats(model)
     tokenizer.chat_template = tokenizer.chat_template or PLAIN_TEMPLATE
     width = min(context, lm.config.context_length)
     examples, n_left_out = encode_chats(tokenizer, chats, width)
@@ -801,9 +825,13 @@ def finetune_command(
     batches = Batches(examples, lambda part: pad_examples(part, 0, width),
                       batch_size, seed, size=lambda e: len(e.ids))
     n_steps = epochs * len(batches)
-    log = finetune(lm, batches, TrainConfig(
-        n_steps=n_steps, learning_rate=learning_rate, weight_decay=0.01,
-        warmup_steps=n_steps // 10, seed=seed), folder=out)
+    try:
+        log = finetune(lm, batches, TrainConfig(
+            n_steps=n_steps, learning_rate=learning_rate, weight_decay=0.01,
+            warmup_steps=n_steps // 10, seed=seed), folder=out)
+    except Interrupted as stop:
+        raise Interrupted(f"{stop}; a checkpoint is saved. Say the same with "
+                          "--resume to go on") from None
     save_pretrained(lm, tokenizer, out)
     if log:
         print(f"loss {log[0]['loss']:.3f} at first, {log[-1]['loss']:.3f} at "
@@ -946,12 +974,13 @@ def align_command(
     --out better/`
     """
     _require_new(out)
+    nearest(method, PAIR_METHODS + REWARD_METHODS, "method")
     config = AlignConfig(
         method, steps, batch_size, learning_rate, beta, seed=seed,
         group_size=group_size, max_new_tokens=max_new_tokens,
         on_bad_reward=on_bad_reward)
     judge = REWARDS[nearest(reward, REWARDS, "reward")]
-    lm, tokenizer, _ = open_model(model)
+    lm, tokenizer = _open_floats(model)
     end = min(end_ids(lm, tokenizer))  # or the one that the model names first
     if method in PAIR_METHODS:
         log = align_pairs(lm, read_pairs(data, tokenizer, end), config,
@@ -960,7 +989,10 @@ def align_command(
     else:
         log = align_rewards(
             lm, read_problems(data, tokenizer), judge, tokenizer, config, end,
-            keep_in=out.with_suffix(".batch.jsonl"), progress=True)
+            keep_in=out.with_name(f"{out.name}.batch.jsonl"), progress=True)
+        if not log:
+            raise ValueError("the reward failed for every answer, so nothing "
+                             "was learned and nothing is written")
         print(f"reward: {log[0]['reward']:.3f} -> {log[-1]['reward']:.3f}")
     save_pretrained(lm, tokenizer, out)
     print(f"model in {out}")

@@ -465,7 +465,7 @@ def load_adapter(
         raise ValueError(
             f"{path} was made for a base with the fingerprint {said[:12]}, "
             f"but this one has {ours[:12]}: the shapes fit, the numbers do "
-            "not; find its base, or say any_base=True")
+            "not; find its base, or say any_base=True (--any-base)")
     model = _insert(model, found, config, name)
     for place, parts in found.items():
         adapter = model.get_submodule(place).adapters[name]

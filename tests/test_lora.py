@@ -29,7 +29,10 @@ from llm_from_scratch.quantization import quantize_model
 from llm_from_scratch.training import AdamW, autocast
 
 V = shapes.V
-SHAPES = {"llama": preset("nano", vocab_size=V, n_kv_heads=2)} | shapes.SHAPES
+SHAPES = {
+    "llama": preset("nano", vocab_size=V, n_kv_heads=2),
+    "smollm2": preset("smollm2-135m", vocab_size=V, n_layers=2),
+} | shapes.SHAPES
 IDS = torch.randint(0, V, (2, 24), generator=torch.Generator().manual_seed(0))
 
 
@@ -98,6 +101,8 @@ def test_peft_reads_ours(name, rslora, exported, tmp_path):
     [
         ("llama", ["q_proj", "v_proj"]),
         ("llama", ["gate_proj", "o_proj"]),
+        ("smollm2", ["k_proj", "v_proj", "up_proj", "down_proj"]),
+        ("smollm2", "all-linear"),
         ("qwen3", "all-linear"),
         ("gpt2", ["c_attn", "mlp.c_proj"]),
     ],
