@@ -122,18 +122,19 @@ _TOP = 127 if torch.cpu._is_vnni_supported() else 63  # of a digit
 def _digit_product(
     x: Tensor,  # (N, D) or (B, T, D)
     packed: torch.classes.quantized.LinearPackedParamsBase,
+    tiny: Tensor,         # added to a step, so that none is zero
     digits: int,
     top: int,
     bias: Tensor | None,  # (F,)
 ) -> Tensor:    # (N, F) or (B, T, F)
-    step = x.abs().amax(-1, True).div_(top).clamp_min_(1e-30)
+    step = torch.add(tiny, x.abs().amax(-1, True), alpha=1 / top)
     p = x / step
-    both = p.round()
-    if digits == 2:  # below it what is left over; the kernel rounds that
-        both = torch.cat([both, p.sub_(both).mul_(2 * top)])
-    product = (
+    if digits == 2:  # below the whole steps what is left over
+        whole = p.round()
+        p = torch.cat([whole, p.sub_(whole).mul_(2 * top)])
+    product = (  # rounds p
         torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
-            both, 1.0, top + 1, packed))
+            p, 1.0, top + 1, packed))
     if digits == 2:
         high, low = product.chunk(2)
         product = torch.add(high, low, alpha=0.5 / top)
@@ -149,7 +150,7 @@ def _without_python() -> Callable:
         warnings.simplefilter("ignore")
         try:
             return torch.jit.script(_digit_product)
-        except (AttributeError, RuntimeError):
+        except (AttributeError, OSError, RuntimeError):  # or no source
             return _digit_product
 
 
@@ -172,6 +173,7 @@ class IntegerProduct:
                 matrix.steps, matrix.scale[:, 0].double(), zeros, 0)  # axis
             self.packed = torch.ops.quantized.linear_prepack(whole, None)
         self.digits, self.multiply = digits, _without_python()
+        self.tiny = torch.tensor(1e-30)
 
     def __call__(
         self,
@@ -179,7 +181,8 @@ class IntegerProduct:
         bias: Tensor | None = None,  # (F,), added
     ) -> Tensor:                     # (N, F) or (B, T, F)
         "Digits of each row by its own scale; one product for all of them."
-        return self.multiply(x, self.packed, self.digits, _TOP, bias)
+        return self.multiply(x, self.packed, self.tiny, self.digits, _TOP,
+                             bias)
 
 # %% ../nbs/15_quantization.ipynb #311fdd6c
 class GroupedProduct:
