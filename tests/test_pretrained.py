@@ -232,30 +232,49 @@ def test_a_folder_gives_back_the_model(layout, words, tmp_path):
     assert ids == tokenizer.encode(text) == words.encode(text)
 
 
-def test_llama_cpp_continues_as_we_do(run, tmp_path):
+def llama_cpp(path, prompt, n):
+    "Ids that llama.cpp writes after a prompt, and the prompt's length to it."
     xllamacpp = pytest.importorskip("xllamacpp")
-    from llm_from_scratch.generation import generate
-
-    model = load_model(run)
-    words = Tokenizer.load(run / "tokenizer.json")
-    path = save_gguf(model, words, tmp_path / "nano.gguf", "F32")
     params = xllamacpp.CommonParams()
     params.model.path = str(path)
     params.n_ctx = 64
     params.cpuparams.n_threads = 1
     params.warmup = False
-    server = xllamacpp.Server(params)
-    prompt = "the king speaks"
-    said = server.handle_completions(
+    said = xllamacpp.Server(params).handle_completions(
         {
-            "prompt": words.encode(prompt),
-            "max_tokens": 20,
+            "prompt": prompt,
+            "max_tokens": n,
             "temperature": 0,
             "ignore_eos": True,
+            "return_tokens": True,
+            "verbose": True,
         }
     )
-    ours = generate(model, words.encode(prompt), 20, temperature=0)
-    assert said["choices"][0]["text"] == words.decode(ours)
+    return said["__verbose"]["tokens"], said["usage"]["prompt_tokens"]
+
+
+@pytest.mark.parametrize("kind", ["F32", "F16", "Q8_0"])
+def test_llama_cpp_continues_as_we_do(kind, run, tmp_path):
+    from llm_from_scratch.generation import generate
+
+    words = Tokenizer.load(run / "tokenizer.json")
+    path = save_gguf(load_model(run), words, tmp_path / "nano.gguf", kind)
+    prompt = words.encode("the king speaks")
+    ours = list(generate(load_gguf(path), prompt, 20, temperature=0))
+    assert llama_cpp(path, prompt, 20) == (ours, len(prompt))
+
+
+@pytest.mark.parametrize("kind", ["F16", "Q8_0"])
+@pytest.mark.parametrize("layout", ["llama", "qwen3", "gpt2"])
+def test_llama_cpp_cuts_a_text_by_our_tables(layout, kind, words, tmp_path):
+    "It is given text; `llama` and `qwen3` share keys between two heads."
+    from llm_from_scratch.generation import generate
+
+    path = save_gguf(make(layout), words, tmp_path / "model.gguf", kind)
+    text = "the queen's 40 fools  sleep, or é\n\n the king"
+    ids = words.encode(text)
+    ours = list(generate(load_gguf(path), ids, 12, temperature=0))
+    assert llama_cpp(path, text, 12) == (ours, len(ids))
 
 
 def test_a_vocabulary_in_another_order_gives_the_same_words(words):
