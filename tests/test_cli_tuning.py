@@ -375,11 +375,20 @@ def test_conversations_that_fill_the_context(call, shelf, tmp_path):
     [
         ("{", ["line 2"]),
         ("7", ["line 2", "not an object"]),
+        (NESTED, ["line 2"]),
         ({"prompt": "a", "chosen": "x", "rejected": "x"}, ["line 2", "equal"]),
         ({"prompt": "a", "chosen": "", "rejected": "x"}, ["line 2", "chosen"]),
         ({"prompt": "a", "chosen": "x", "rejected": " "}, ["rejected"]),
         ({"prompt": "", "chosen": "x", "rejected": "y"}, ["line 2", "prompt"]),
         ({"prompt": "a", "chosen": "x"}, ["line 2", "'rejected'"]),
+        (
+            {
+                "prompt": [{"role": "tool", "content": "x"}],
+                "chosen": "x",
+                "rejected": "y",
+            },
+            ["line 2", "'tool'", "system, user, assistant"],
+        ),
         (
             {
                 "prompt": [{"role": "user", "content": "x"}],
