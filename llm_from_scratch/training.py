@@ -525,8 +525,9 @@ def _training_tensors(model: nn.Module, optimizer: AdamW) -> dict:
     if next(model.parameters()).is_cuda:
         tensors["rng.cuda"] = torch.cuda.get_rng_state()
     for name, p in model.named_parameters():
-        for key in optimizer.state[p].keys() & {"m", "v"}:
-            tensors[f"{key}.{name}"] = optimizer.state[p][key]
+        for key, value in optimizer.state[p].items():
+            if isinstance(value, Tensor):
+                tensors[f"{key}.{name}"] = value
     return tensors
 
 # %% ../nbs/08_training.ipynb #684bc606
@@ -603,11 +604,12 @@ def load_checkpoint(
     _require_same_shape(folder.name, dataclasses.asdict(saved.config),
                         dataclasses.asdict(model.config))
     model.load_state_dict(saved.state_dict())
-    for name, p in model.named_parameters():
-        held = {key: tensors[f"{key}.{name}"].to(p.device) for key in "mv"
-                if f"{key}.{name}" in tensors}   # Muon has no v
-        if held:
-            optimizer.state[p] = {"step": state["updates"], **held}
+    named = dict(model.named_parameters())
+    for full_name, tensor in tensors.items():
+        key, _, name = full_name.partition(".")
+        if name in named:
+            optimizer.state[named[name]] |= {
+                "step": state["updates"], key: tensor.to(named[name].device)}
     torch.set_rng_state(tensors["rng.cpu"])
     if "rng.cuda" in tensors and next(model.parameters()).is_cuda:
         torch.cuda.set_rng_state(tensors["rng.cuda"])
