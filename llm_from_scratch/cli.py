@@ -51,7 +51,9 @@ from llm_from_scratch.data import (
     tokenize_corpus,
     write_tokens,
 )
-from .evaluation import TASKS, run_tasks, score_text
+from llm_from_scratch.evaluation import (
+    TASKS, compare, run_tasks, score_text,
+)
 from llm_from_scratch.finetuning import (
     PLAIN_TEMPLATE,
     Batches,
@@ -107,6 +109,7 @@ from llm_from_scratch.pretrained import (
 from llm_from_scratch.quantization import (
     QuantizedLinear,
     calibration_windows,
+    own_windows,
     check_request,
     load_any,
     quantize_model,
@@ -706,7 +709,11 @@ def quantize_command(
     group_size: Annotated[int, typer.Option(
         help="Weights that share a ruler at 4 bits: 32, 64, 128, 256.")] = 64,
     calibrate: Annotated[Path | None, typer.Option(
-        help="A text to round by, with GPTQ.")] = None,
+        help="A text to round by, with GPTQ. Default: what the model writes "
+             "by itself.")] = None,
+    nearest_steps: Annotated[bool, typer.Option(
+        "--nearest", help="Round to the nearest steps instead: quick, and "
+                          "loses more.")] = False,
 ) -> None:
     """Keep each weight in 8 or 4 bits.
 
@@ -714,16 +721,56 @@ def quantize_command(
     """
     _require_new(out)
     check_request(bits, group_size)
+    if nearest_steps and calibrate is not None:
+        raise ValueError("--nearest rounds without a text; leave out "
+                         "--calibrate, or --nearest")
     text = None if calibrate is None else "".join(read_pieces(calibrate))
     lm, tokenizer, _ = open_model(model)
-    windows = None if text is None else calibration_windows(
-        tokenizer, text, min(512, lm.config.context_length))
-    small = quantize_model(lm, bits, group_size, windows)
+    room, windows = lm.config.context_length, None
+    with console.status("rounding"):
+        if text is not None:
+            windows = calibration_windows(tokenizer, text, min(512, room))
+        elif not nearest_steps:
+            windows = own_windows(lm, min(end_ids(lm, tokenizer), default=0),
+                                  min(128, room))
+        small = quantize_model(lm, bits, group_size, windows)
     save_quantized(small, tokenizer, out)
     size = (out / "quantized.safetensors").stat().st_size
     print(f"model in {out}: {size / 1e6:.1f} MB")
 
 # %% ../nbs/D_command_line.ipynb #ebc264c7
+def _read_answers(path: Path) -> dict[str, dict[str, bool]]:
+    "What `evaluate --out` wrote: task -> question -> whether it was right."
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        marks = [m for of in found.values() for m in of.values()]
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path} is not what evaluate --out writes: {error}"
+                         ) from None
+    if not marks or not all(isinstance(m, bool) for m in marks):
+        raise ValueError(f"{path} is not what evaluate --out writes: true or "
+                         "false is needed for each question")
+    return found
+
+
+def _paired(ours: dict, theirs: dict) -> Table:
+    "The same questions, model against model; ValueError if there are none."
+    grid = Table("task", "same questions", "better by", "95 % interval", "P",
+                 box=None)
+    for task, found in ours.items():
+        same = [name for name in found if name in theirs.get(task, {})]
+        if same:
+            c = compare([found[name] for name in same],
+                        [theirs[task][name] for name in same])
+            grid.add_row(task, f"{len(same):,}", f"{c.difference:+.1%}",
+                         f"{c.low:+.1%} to {c.high:+.1%}",
+                         f"{c.p_value:.3f}")
+    if not grid.row_count:
+        raise ValueError("the two models have no question in common; ask "
+                         "the same --tasks with the same --limit")
+    return grid
+
+
 @app.command("evaluate")
 def evaluate_command(
     model: Annotated[str, typer.Argument(help=SOURCE)],
@@ -735,19 +782,24 @@ def evaluate_command(
         help="Also score this text.")] = None,
     out: Annotated[Path | None, typer.Option(
         help="Write the outcome of every question, as JSON.")] = None,
+    against: Annotated[Path | None, typer.Option(
+        help="What --out wrote of another model; compare with it in pairs.",
+    )] = None,
 ) -> None:
     """Ask a model the questions of benchmarks.
 
     Example: `llm-from-scratch evaluate smollm2-135m --tasks hellaswag,piqa
     --limit 200`
     """
-    names = list(TASKS) if tasks == "all" else tasks.split(",")
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    names = list(TASKS) if tasks == "all" else names
     for name in names:
         nearest(name, TASKS, "task")  # before anything is loaded
     if limit is not None and limit < 1:
         raise ValueError(f"--limit is {limit}; it must be at least 1")
     if out is not None:
         _require_new(out)
+    theirs = {} if against is None else _read_answers(against)
     words = None if text is None else "".join(read_pieces(text))
     lm, tokenizer, _ = open_model(model)
     if words is not None:
@@ -764,6 +816,8 @@ def evaluate_command(
             answers[score.task] = {o.question.name: o.is_right(score.how)
                                    for o in outcomes}
     console.print(grid)
+    if against is not None:
+        console.print(_paired(answers, theirs))
     if out is not None:
         write_file(out, json.dumps(answers, indent=1) + "\n")
 
@@ -981,7 +1035,10 @@ def align_command(
         on_bad_reward=on_bad_reward)
     judge = REWARDS[nearest(reward, REWARDS, "reward")]
     lm, tokenizer = _open_floats(model)
-    end = min(end_ids(lm, tokenizer))  # or the one that the model names first
+    said = lm.special_ids.get("eos_token_id")  # a number, several, or none
+    end = said[0] if isinstance(said, list) else said
+    if end is None:
+        end = min(end_ids(lm, tokenizer))
     if method in PAIR_METHODS:
         log = align_pairs(lm, read_pairs(data, tokenizer, end), config,
                           progress=True)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Steps', 'to_steps', 'IntegerProduct', 'GroupedProduct', 'gptq', 'QuantizedLinear', 'QuantizedEmbedding', 'digits_for',
-           'check_request', 'quantize_model', 'calibration_windows', 'save_quantized', 'load_quantized', 'load_any',
-           'to_octaves', 'from_octaves', 'AdamW8bit', 'state_bytes']
+           'check_request', 'quantize_model', 'calibration_windows', 'own_windows', 'save_quantized', 'load_quantized',
+           'load_any', 'to_octaves', 'from_octaves', 'AdamW8bit', 'state_bytes']
 
 # %% ../nbs/15_quantization.ipynb #cf1d8d5f
 import copy
@@ -22,6 +22,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .generation import generate_batch
 from llm_from_scratch.model import (
     TransformerLM, from_hf_config, to_hf_config,
 )
@@ -465,6 +466,19 @@ def calibration_windows(
     starts = torch.linspace(0, len(ids) - length, n).long().tolist()
     return torch.tensor([ids[i:i + length] for i in starts])
 
+
+def own_windows(
+    model: TransformerLM,
+    start: int,         # id that stands before a text
+    length: int = 128,  # ids of a window
+    n: int = 8,         # windows
+    seed: int = 0,
+) -> Tensor:            # ids (n, length), for `quantize_model`
+    "What the model writes by itself, to calibrate with (Liu et al. 2023)."
+    written = generate_batch(model, [[start]] * n, length - 1,
+                             range(seed, seed + n))
+    return torch.tensor([[start, *ids] for ids in written])
+
 # %% ../nbs/15_quantization.ipynb #018218e0
 _FILE, _FORMAT = "quantized.safetensors", "steps"
 _SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -689,20 +703,19 @@ class AdamW8bit(AdamW):
             full = {}
             if state:
                 full = {"step": state["step"]} | {
-                    key: from_octaves(*state[key], octaves, p.shape)
+                    key: from_octaves(state[key], state[f"{key}_top"],
+                                      octaves, p.shape)
                     for key, octaves in self._octaves.items()}
             super()._update([p], [full], group)
             state["step"] = full["step"]
             for key, octaves in self._octaves.items():
-                state[key] = to_octaves(full[key], octaves, key == "m")
+                state[key], state[f"{key}_top"] = to_octaves(
+                    full[key], octaves, key == "m")
 
 
 def state_bytes(
     optimizer: torch.optim.Optimizer,
 ) -> int:
     "Bytes of the averages that an optimizer keeps."
-    tensors = [t for state in optimizer.state.values()
-               for value in state.values()
-               for t in (value if isinstance(value, tuple) else (value,))
-               if isinstance(t, Tensor)]
-    return sum(t.nbytes for t in tensors)
+    return sum(t.nbytes for state in optimizer.state.values()
+               for t in state.values() if isinstance(t, Tensor))

@@ -41,6 +41,7 @@ from llm_from_scratch.quantization import (
     to_steps,
 )
 from llm_from_scratch.tokenizer import Tokenizer
+from llm_from_scratch.training import load_checkpoint, save_checkpoint
 
 V = shapes.V
 SHAPES = {"untied": preset("nano", vocab_size=V)} | shapes.SHAPES
@@ -407,3 +408,22 @@ def test_small_averages_take_a_quarter():
     n = sum(p.numel() for p in model.parameters())
     assert state_bytes(optimizer) < 2.2 * n
     assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_small_averages_go_through_a_checkpoint(tmp_path):
+    def two_steps(model, optimizer, seed):
+        torch.manual_seed(seed)
+        for _ in range(2):
+            for p in model.parameters():
+                p.grad = torch.randn_like(p)
+            optimizer.step()
+
+    models = [TransformerLM(SHAPES["untied"]) for _ in range(2)]
+    whole, again = (AdamW8bit(m.parameters(), lr=1e-3) for m in models)
+    two_steps(models[0], whole, 0)
+    path = save_checkpoint(tmp_path, models[0], whole, 2, {})
+    load_checkpoint(path, models[1], again)
+    for model, optimizer in zip(models, (whole, again)):
+        two_steps(model, optimizer, 1)
+    for a, b in zip(*(m.parameters() for m in models)):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
