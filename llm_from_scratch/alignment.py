@@ -25,11 +25,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm, trange
 
+from .finetuning import check_messages
 from .model import TransformerLM
 from .pretrained import encode_chat
 from .tokenizer import END_OF_TEXT, Tokenizer, write_file
 from llm_from_scratch.training import (
-    AdamW, Diverged, TrainConfig, autocast, clip_gradients, fast_settings,
+    AdamW, TrainConfig, apply_gradients, autocast, fast_settings,
     parameter_groups,
 )
 
@@ -208,7 +209,7 @@ class AlignConfig:
     n_steps: int = 100
     batch_size: int = 32        # pairs, or prompts, of one step
     learning_rate: float = 3e-4
-    beta: float = 0.1           # price of a nat of KL
+    beta: float = 0.1           # price of a nat of KL; simpo: 2 to 10
     max_norm: float = 1.0       # gradients longer than this are shortened
     precision: str = "auto"     # "auto", "fp32" or "bf16"
     seed: int = 0
@@ -222,6 +223,8 @@ class AlignConfig:
     lam: float = 0.95           # ppo: how far surprises reach back
     critic_rate: float = 1e-3   # ppo: learning rate of the value head
     on_bad_reward: str = "stop"  # or "skip"
+    gamma: float = 1.0          # simpo: by how much the chosen shall win
+    imitate: float = 0.0        # pairs: weight of copying the chosen
 
     def __post_init__(self):
         choices = {"method": PAIR_METHODS + REWARD_METHODS,
@@ -243,8 +246,9 @@ class AlignConfig:
                 raise ValueError(f"{f.name} is {value!r}; choose true or "
                                  "false")
             if f.type in (float, "float"):
-                zero = f.name in ("beta", "lam") and (
-                    self.method in REWARD_METHODS)
+                zero = f.name in ("gamma", "imitate") or (
+                    f.name in ("beta", "lam")
+                    and self.method in REWARD_METHODS)
                 if not (isinstance(value, (int, float))
                         and (0 <= value if zero else 0 < value)
                         and math.isfinite(value)):
@@ -252,24 +256,12 @@ class AlignConfig:
                                      "positive number" + ", or 0" * zero)
 
 
-def _update(model: nn.Module, optimizer: AdamW, loss: Tensor, step: int,
-            max_norm: float) -> float:  # length of the gradient
-    "One step down, or Diverged and none, if a number is not finite."
-    loss.backward()
-    norm = clip_gradients(list(model.parameters()), max_norm)
-    if not math.isfinite(loss.item() + norm):
-        optimizer.zero_grad(set_to_none=True)
-        raise Diverged(f"step {step + 1}: loss {loss.item():.3g}, gradient "
-                       f"norm {norm:.3g}; nothing was updated")
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return norm
-
-
-def _fast(model: TransformerLM, c: AlignConfig):
-    "The settings of the training chapter, without compiling."
-    return fast_settings(model, TrainConfig(precision=c.precision,
-                                            compile="no"))
+def _settings(c: AlignConfig, learning_rate: float) -> TrainConfig:
+    "The same for the steps of the training chapter."
+    return TrainConfig(c.n_steps, learning_rate=learning_rate, seed=c.seed,
+                       warmup_steps=c.n_steps // 10, weight_decay=0.0,
+                       compile="no", max_norm=c.max_norm,
+                       precision=c.precision)
 
 
 def _frozen(model: TransformerLM) -> TransformerLM:
@@ -294,7 +286,7 @@ def _pair_loss(model: TransformerLM, reference: TransformerLM,
     elif c.method == "ipo":
         loss = ipo_loss(good, bad, ref_good, ref_bad, c.beta)
     elif c.method == "simpo":
-        loss = simpo_loss(good, bad, sizes[:n], sizes[n:], c.beta)
+        loss = simpo_loss(good, bad, sizes[:n], sizes[n:], c.beta, c.gamma)
     else:  # an answer to another prompt: how far the policy is anywhere
         turned = answers[1:n] + answers[:1]
         others, where = (t.to(device) for t in
@@ -304,12 +296,15 @@ def _pair_loss(model: TransformerLM, reference: TransformerLM,
                   - log_probability(reference, others, where, c.precision))
         loss = kto_loss(good - ref_good, bad - ref_bad,
                         kl.mean().clamp(min=0), c.beta)
-    margin = c.beta * ((good - ref_good) - (bad - ref_bad)).detach()
+    loss = loss - c.imitate * good.sum() / sizes[:n].sum()
+    moved = (logs - ref_logs).detach()  # nats since the start
+    earned = (logs.detach() / sizes if c.method == "simpo" else moved)
+    margin = c.beta * (earned[:n] - earned[n:])
     return loss, {
         "loss": loss.item(), "margin": margin.mean().item(),
         "accuracy": (0.5 + margin.sign() / 2).mean().item(),
-        "chosen": (good - ref_good).mean().item(),     # nats since the start
-        "rejected": (bad - ref_bad).mean().item()}
+        "chosen": moved[:n].mean().item(),
+        "rejected": moved[n:].mean().item()}
 
 
 def align_pairs(
@@ -333,16 +328,20 @@ def align_pairs(
                              f"answer; the context holds {room}")
     rng, order, log = random.Random(c.seed), [], []
     reference, _ = _frozen(model), model.eval()  # no dropout: both alike
-    optimizer = AdamW(parameter_groups(model, 0.0), lr=c.learning_rate)
+    settings = _settings(c, c.learning_rate)
+    params = list(model.parameters())
+    optimizer = AdamW(parameter_groups(model, 0.0))
     for step in trange(c.n_steps, disable=not progress):
         while len(order) < c.batch_size:  # every pair once, then again
             order += rng.sample(range(len(pairs)), len(pairs))
         batch, order = order[:c.batch_size], order[c.batch_size:]
-        with _fast(model, c), _fast(reference, c):
+        with fast_settings(model, settings), fast_settings(
+                reference, settings):
             loss, record = _pair_loss(model, reference,
                                       [pairs[i] for i in batch], c)
-            record["norm"] = _update(model, optimizer, loss, step, c.max_norm)
-        log.append({"step": step + 1, **record})
+            loss.backward()
+        log.append(record | apply_gradients(optimizer, params, loss.item(),
+                                            step, settings))
     return log
 
 # %% ../nbs/18_alignment.ipynb #baef9b6e
@@ -585,10 +584,12 @@ def align_rewards(
     generator = torch.Generator().manual_seed(c.seed)
     rng, order, log = random.Random(c.seed), [], []
     reference, _ = _frozen(model), model.eval()
-    optimizer = AdamW(parameter_groups(model, 0.0), lr=c.learning_rate)
+    learners = [(model, AdamW(parameter_groups(model, 0.0)),
+                 _settings(c, c.learning_rate))]
     critic = ScalarHead(model) if c.method == "ppo" else None
-    critic_optimizer = critic and AdamW(parameter_groups(critic, 0.0),
-                                        lr=c.critic_rate)
+    if critic is not None:
+        learners.append((critic, AdamW(parameter_groups(critic, 0.0)),
+                         _settings(c, c.critic_rate)))
     passes = 1 if c.method == "reinforce" else c.epochs
     parts = 1 if c.method == "reinforce" else c.minibatches
     for step in trange(c.n_steps, disable=not progress):
@@ -611,11 +612,14 @@ def align_rewards(
             if c.method == "grpo":
                 k3 = kl_estimates(logs, batch.ref_logs[rows])[2]
                 loss = loss + c.beta * average(k3, counts, c.per)
-            _update(model, optimizer, loss, step, c.max_norm)
+            losses = [loss]
             if critic is not None:
                 off = critic(ids[:, :-1]) - wanted[rows]
-                _update(critic, critic_optimizer, average(
-                    off.square(), counts), step, c.max_norm)
+                losses.append(average(off.square(), counts))
+            for loss, (net, optimizer, settings) in zip(losses, learners):
+                loss.backward()
+                apply_gradients(optimizer, list(net.parameters()),
+                                loss.item(), step, settings)
         log.append(_describe(batch, step, entropy, counts))
     return log
 
@@ -646,7 +650,7 @@ def _read_lines(path: str | Path, make: Callable[[dict], object]) -> list:
                 made.append(make(row))
             except KeyError as error:
                 bad.append(f"line {number}: {error} is missing")
-            except (ValueError, TypeError) as error:
+            except (ValueError, TypeError, RecursionError) as error:
                 bad.append(f"line {number}: {error}")
     if bad or not made:
         raise ValueError(f"{path}: " + ("; ".join(bad[:5]) + "; ..." * (
@@ -657,6 +661,7 @@ def _read_lines(path: str | Path, make: Callable[[dict], object]) -> list:
 def _encode_prompt(tokenizer: Tokenizer, prompt: str | list) -> list[int]:
     "Ids of a text, or of messages up to where the model shall answer."
     if isinstance(prompt, list):
+        check_messages(prompt, answered=False)
         return encode_chat(tokenizer, prompt)
     if not isinstance(prompt, str) or not prompt:
         raise ValueError(f"prompt is {prompt!r}; it must be a text or a list "

@@ -254,6 +254,77 @@ def test_advantages_are_the_double_sum(sizes, gamma, lam):
     assert np.allclose(ours, wanted)
 
 
+@given(st.integers(2, 5), st.integers(1, 4), st.booleans(), st.integers(0, 9))
+def test_group_advantages_look_at_their_own_group(size, n, scale, seed):
+    rewards = np.random.default_rng(seed).random((n, size))
+    wanted = rewards - rewards.mean(1, keepdims=True)
+    if scale:
+        wanted /= rewards.std(1, ddof=1, keepdims=True) + 1e-4
+    ours = al.group_advantages(torch.tensor(rewards).flatten(), size, scale)
+    assert np.allclose(ours, wanted.flatten())
+
+
+def make_rollout():
+    "Three answers of 2, 1 and 3 tokens, the prompts of one."
+    torch.manual_seed(3)
+    ids = torch.randint(0, 250, (3, 4))
+    mask = torch.tensor([[0, 1, 1, 0], [0, 1, 0, 0], [0, 1, 1, 1]]) > 0
+    logs, ref_logs = -torch.rand(2, 3, 3) * mask[:, 1:]
+    rewards = torch.tensor([1.0, 0.0, 0.5])
+    return al.Rollout(ids, mask, ["", "", ""], rewards, logs, ref_logs)
+
+
+def test_going_away_costs_beta_a_nat():
+    batch, config = make_rollout(), al.AlignConfig("reinforce", beta=0.3)
+    earned = batch.rewards - 0.3 * (batch.logs - batch.ref_logs).sum(-1)
+    ours, wanted = al.advantages(batch, config)
+    assert wanted is None
+    assert torch.allclose(
+        ours, (earned - earned.mean())[:, None] * batch.mask[:, 1:]
+    )
+
+
+def test_ppo_pays_at_the_end_and_charges_on_the_way():
+    batch, config = make_rollout(), al.AlignConfig("ppo", beta=0.3, lam=1.0)
+    critic = al.ScalarHead(make_model())
+    torch.nn.init.normal_(critic.trunk.head.weight)
+    apart, wanted = al.advantages(batch, config, critic)
+    paid = -0.3 * (batch.logs - batch.ref_logs)
+    for row, last in enumerate((1, 0, 2)):
+        paid[row, last] += batch.rewards[row]
+    there = batch.mask[:, 1:]
+    later = paid.flip(-1).cumsum(-1).flip(-1)  # lam 1: all that is to come
+    assert torch.allclose(wanted[there], later[there], atol=1e-5)
+    plain = (later - critic(batch.ids[:, :-1]).detach())[there]
+    plain = (plain - plain.mean()) / (plain.std() + 1e-4)
+    assert torch.allclose(apart[there], plain, atol=1e-4)
+    assert not apart[~there].any() and not apart.requires_grad
+
+
+def test_clipping_leaves_mistakes_a_way_back():
+    ratio = torch.tensor([[0.5, 1.0, 1.5]], requires_grad=True)
+    for sign, wanted in ((1.0, [1, 1, 0]), (-1.0, [0, -1, -1])):
+        loss = al.clipped_loss(
+            ratio.log(),
+            torch.zeros(1, 3),
+            sign * torch.ones(1, 3),
+            torch.ones(1, 3) > 0,
+            0.2,
+            "sum",
+        )
+        (slope,) = torch.autograd.grad(-loss, ratio)
+        assert slope[0].tolist() == wanted
+
+
+def test_kl_estimates_are_right_in_the_mean():
+    logs, ref_logs = torch.randn(2, 6, dtype=torch.float64).log_softmax(-1)
+    p, true = logs.exp(), (logs.exp() * (logs - ref_logs)).sum()
+    k1, k2, k3 = al.kl_estimates(logs, ref_logs)
+    assert torch.allclose((p * k1).sum(), true)
+    assert torch.allclose((p * k3).sum(), true) and (k3 >= 0).all()
+    assert torch.allclose(k2, (logs - ref_logs) ** 2 / 2)
+
+
 def test_clipped_loss_begins_as_reinforce():
     logs = torch.randn(3, 5, requires_grad=True)
     apart, mask = torch.randn(3, 5), torch.ones(3, 5) > 0
@@ -345,6 +416,64 @@ def test_pairs_are_learned(method):
     log = al.align_pairs(model, make_pairs(), config)
     assert log[-1]["loss"] < 0.8 * log[0]["loss"]
     assert log[-1]["accuracy"] == 1
+
+
+def first_record(**settings):
+    config = al.AlignConfig(
+        n_steps=1, batch_size=6, precision="fp32", **settings
+    )
+    return al.align_pairs(make_model(), make_pairs(), config)[0]
+
+
+def logs_of(answers):
+    pairs = make_pairs()
+    ids, mask = al.join_answers(
+        [p.prompt_ids for p in pairs], [getattr(p, answers) for p in pairs]
+    )
+    with torch.no_grad():
+        return al.log_probability(make_model(), ids, mask)
+
+
+def test_simpo_is_measured_without_a_reference():
+    good, bad = logs_of("chosen_ids") / 4, logs_of("rejected_ids") / 3
+    for gamma in (0.0, 1.5):
+        record = first_record(method="simpo", beta=2.0, gamma=gamma)
+        margin = 2 * (good - bad)
+        wanted = np.log1p(np.exp(gamma - margin.numpy())).mean()
+        assert abs(record["loss"] - wanted) < 1e-5
+        assert abs(record["margin"] - margin.mean()) < 1e-5
+        assert abs(record["accuracy"] - (margin > 0).float().mean()) < 1e-6
+
+
+def test_imitation_is_cross_entropy_on_the_chosen():
+    a_token = -logs_of("chosen_ids").sum() / (4 * 6)
+    plain, more = first_record(), first_record(imitate=0.5)
+    assert abs(plain["loss"] - np.log(2)) < 1e-6
+    assert abs(more["loss"] - plain["loss"] - 0.5 * a_token) < 1e-5
+
+
+def test_a_critic_learns_at_its_own_rate(monkeypatch):
+    rates = []
+
+    def watch(optimizer, params, loss, step, settings):
+        rates.append(settings.learning_rate)
+        optimizer.zero_grad()
+
+    monkeypatch.setattr(al, "apply_gradients", watch)
+    config = al.AlignConfig(
+        "ppo",
+        1,
+        2,
+        2e-3,
+        group_size=2,
+        max_new_tokens=3,
+        epochs=1,
+        critic_rate=7e-3,
+    )
+    al.align_rewards(
+        make_model(), [([1], {})], lambda a, e: 1.0, TOKENIZER, config
+    )
+    assert rates == [2e-3, 7e-3]
 
 
 @pytest.mark.parametrize("method", al.REWARD_METHODS)
@@ -445,6 +574,8 @@ def test_weights_that_are_no_numbers_are_not_spread():
         {"clip": "0.2"},
         {"precision": "fp8"},
         {"scale": 1},
+        {"gamma": -0.5},
+        {"imitate": float("inf")},
     ],
 )
 def test_settings_are_checked_when_made(settings):
@@ -485,6 +616,25 @@ GOOD = {"prompt": "2+2=", "chosen": "4", "rejected": "5"}
         (json.dumps(GOOD | {"chosen": None}), "line 2: chosen is None"),
         (json.dumps(GOOD | {"prompt": ""}), "line 2: prompt is ''"),
         (json.dumps(GOOD | {"prompt": 7}), "line 2: prompt is 7"),
+        (json.dumps(GOOD | {"prompt": []}), "line 2: messages must"),
+        (json.dumps(GOOD | {"prompt": ["hi"]}), "line 2: message 1 must"),
+        (
+            json.dumps(GOOD | {"prompt": [{"role": "bot", "content": "a"}]}),
+            "line 2: message 1 has the role 'bot'",
+        ),
+        (
+            json.dumps(
+                GOOD
+                | {
+                    "prompt": [
+                        {"role": "user", "content": "a"},
+                        {"role": "assistant", "content": "b"},
+                    ]
+                }
+            ),
+            "line 2: the last",
+        ),
+        ("[" * 100_000, "line 2"),
     ],
 )
 def test_bad_lines_are_named(line, said, tmp_path):
