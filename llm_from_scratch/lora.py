@@ -121,8 +121,8 @@ class LoRALinear(nn.Module):
 
     def forward(
         self,
-        x: Tensor,  # (B, ..., D)
-    ) -> Tensor:    # (B, ..., F)
+        x: Tensor,  # (N, ..., D)
+    ) -> Tensor:    # (N, ..., F)
         "The base's answer, and what the active adapters add to it."
         if isinstance(self.base, QuantizedLinear):
             y = _ThroughSteps.apply(x, self.base)
