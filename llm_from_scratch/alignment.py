@@ -254,6 +254,9 @@ class AlignConfig:
                         and math.isfinite(value)):
                     raise ValueError(f"{f.name} is {value!r}; it must be a "
                                      "positive number" + ", or 0" * zero)
+        if self.method == "simpo" and self.beta < 1:
+            raise ValueError(f"beta is {self.beta!r}; for simpo, whose beta "
+                             "is no price, take 2 to 10")
 
 
 def _settings(c: AlignConfig, learning_rate: float) -> TrainConfig:
@@ -453,7 +456,7 @@ def roll_out(
     device = model.embedding.weight.device
     ids, mask = (t.to(device) for t in join_answers(prompts, answers))
     with torch.no_grad():
-        logs, ref_logs = (token_log_probabilities(m, ids, mask)[0]
+        logs, ref_logs = (token_log_probabilities(m, ids, mask, c.precision)[0]
                           for m in (model, reference))
     return Rollout(ids, mask, texts, rewards.to(device), logs, ref_logs)
 

@@ -568,6 +568,7 @@ def test_weights_that_are_no_numbers_are_not_spread():
         {"learning_rate": float("nan")},
         {"beta": -1},
         {"beta": 0, "method": "dpo"},
+        {"beta": 0.1, "method": "simpo"},
         {"group_size": 1},
         {"per": "row"},
         {"on_bad_reward": "ignore"},
