@@ -488,10 +488,12 @@ def extract_number(text: str) -> str | None:
     "The first number behind the last marker, or else the last of all."
     found = re.findall(r"(?:####|answer is):?\s*\$?(-?[\d,]*\.?\d+)", text,
                        re.IGNORECASE)
-    found = found or re.findall(r"(?<!\d)-?\d[\d,]*\.?\d*", text)
+    found = found or re.findall(
+        r"(?<![\d.])-?(?:\d[\d,]*\.?\d*|\.\d+)", text)
     if not found:
         return None
-    number = found[-1].replace(",", "").rstrip(".")
+    number = re.sub(r"^(-?)\.", r"\g<1>0.", found[-1].replace(",", ""))
+    number = number.rstrip(".")
     return number.rstrip("0").rstrip(".") if "." in number else number
 
 

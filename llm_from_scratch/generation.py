@@ -208,9 +208,12 @@ class Reader:
         self,
         model: TransformerLM,    # in evaluation mode, if it has dropout
         use_cache: bool = True,  # False: read the whole window every time
+        room: int | None = None,  # ids that a text may come to, if known
     ):
         _check_eval(model)
         self.model, self.use_cache = model, use_cache
+        context = model.config.context_length
+        self.room = context if room is None else min(room, context)
         self.window: list[int] = []  # the ids that the model sees
         self.caches = None           # their keys and values
 
@@ -220,14 +223,14 @@ class Reader:
         new: list[int],  # ids that follow what was read before
     ) -> Tensor:         # logits (V,) of the next token
         "Take in new ids; when the context is full, forget the older half."
-        context = self.model.config.context_length
         self.window = self.window + new
-        if len(self.window) > context:
-            self.window = self.window[-max(1, context // 2):]
+        if len(self.window) > self.room:
+            self.window = self.window[-max(1, self.room // 2):]
             self.caches = None
         if not self.use_cache or self.caches is None:
             new = self.window
-            self.caches = self.model.new_caches() if self.use_cache else None
+            self.caches = (self.model.new_caches(1, self.room)
+                           if self.use_cache else None)
         device = self.model.embedding.weight.device
         logits = self.model(torch.tensor([new], device=device), self.caches,
                             last=1)
@@ -258,8 +261,9 @@ def generate(
     settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p,
                 "repetition_penalty": repetition_penalty, **more}
     _check_prompt(model, ids, max_new_tokens, settings)
-    return _write(Reader(model, use_cache), ids, max_new_tokens, settings,
-                  _random(seed), set(stop_ids), allow)
+    reader = Reader(model, use_cache, len(ids) + max_new_tokens)
+    return _write(reader, ids, max_new_tokens, settings, _random(seed),
+                  set(stop_ids), allow)
 
 # %% ../nbs/09_generation.ipynb #643f08d9
 def _check_prompt(model, ids, max_new_tokens, settings):
@@ -303,8 +307,8 @@ def _write(reader, ids, max_new_tokens, settings, generator, stop_ids, allow):
 class BatchReader(Reader):
     "A `Reader` of many texts at once, each with a window of its own."
 
-    def __init__(self, model: TransformerLM):
-        super().__init__(model)
+    def __init__(self, model: TransformerLM, room: int | None = None):
+        super().__init__(model, True, room)
         self.padding = torch.tensor([])  # ids on the left that are none
 
     @torch.inference_mode()
@@ -313,18 +317,17 @@ class BatchReader(Reader):
         new: list[list[int]],  # for each text, the ids that follow
     ) -> Tensor:               # logits (B, V) of the next token of each
         "Take in new ids; full caches are made anew, full texts forget half."
-        context = self.model.config.context_length
-        device = self.model.embedding.weight.device
+        room, device = self.room, self.model.embedding.weight.device
         self.window = [old + more for old, more in
                        zip(self.window or [[]] * len(new), new, strict=True)]
-        if self.caches and self.caches[0].length == context:
+        if self.caches and self.caches[0].length == room:
             self.caches = None
         if self.caches is None:
-            self.window = [ids[-max(1, context // 2):]
-                           if len(ids) > context else ids
+            self.window = [ids[-max(1, room // 2):]
+                           if len(ids) > room else ids
                            for ids in self.window]
             width = max(map(len, self.window))
-            self.caches = self.model.new_caches(len(self.window))
+            self.caches = self.model.new_caches(len(self.window), room)
             self.padding = torch.tensor(
                 [width - len(ids) for ids in self.window], device=device)
             new = [[0] * (width - len(ids)) + ids for ids in self.window]
@@ -363,7 +366,8 @@ def generate_batch(
     randoms = [_random(seed) for seed in seeds or [None] * len(texts)]
     if len(randoms) != len(texts):
         raise ValueError(f"{len(randoms)} seeds for {len(texts)} prompts")
-    reader, live = BatchReader(model), list(range(len(texts)))
+    reader = BatchReader(model, max(sizes, default=0) + max_new_tokens)
+    live = list(range(len(texts)))
     new = [ids[-model.config.context_length:] for ids in texts]
     for _ in range(max_new_tokens):
         if not live:
@@ -398,7 +402,8 @@ def beam_search(
     if not 1 <= n_beams <= n_best <= V:
         raise ValueError(f"n_beams is {n_beams}; it must be 1 or more, and "
                          f"{n_best} candidates must fit in {V} tokens")
-    reader, finished, beams = BatchReader(model), [], [[]] * n_beams
+    reader = BatchReader(model, len(ids) + max_new_tokens)
+    finished, beams = [], [[]] * n_beams
     scores = torch.tensor([0.0] + [float("-inf")] * (n_beams - 1))
     new = [ids[-model.config.context_length:]] * n_beams
     for length in range(1, max_new_tokens + 1):
