@@ -315,7 +315,7 @@ def _step(model: nn.Module, optimizer: AdamW, batches: Batches, step: int,
 
 # %% ../nbs/16_finetuning.ipynb #92acad7e
 def _name_order(batches: Batches) -> str:
-    "What the order of the batches hangs on."
+    "What the order of the batches depends on."
     if not isinstance(batches, Batches):
         return type(batches).__name__
     return (f"{len(batches.items)} items, {batches.batch_size} at a time, "
