@@ -229,7 +229,9 @@ def test_only_thin_matrices_move_and_the_base_can_still_be_trained():
 
 def test_rows_get_the_adapter_that_they_ask_for(adapted):
     model = add_lora(adapted, 2, targets=["q_proj", "down_proj"], name="two")
-    for p in lora_parameters(model, "two"):
+    second = lora_parameters(model, "two")
+    assert len(second) == 2 * 2 * 2  # layers, places, A and B
+    for p in second:
         nn.init.normal_(p, std=0.2)
     which = ["two", None, "default", "two"]
     rows = IDS[[0, 1, 0, 1]]
