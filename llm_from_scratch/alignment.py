@@ -677,7 +677,7 @@ def read_pairs(
     tokenizer: Tokenizer,
     end_id: int,       # put behind each answer
 ) -> list[Pair]:
-    "Preference pairs of a file; ValueError names every bad line."
+    "Preference pairs of a file; ValueError names the first bad lines."
     def make(row):
         answers = []
         for name in ("chosen", "rejected"):
@@ -696,10 +696,16 @@ def read_pairs(
 def read_problems(
     path: str | Path,  # JSON lines: prompt, and what the reward wants
     tokenizer: Tokenizer,
+    needs: Sequence[str] = (),  # what the reward looks for in a line
 ) -> list[tuple[list[int], dict]]:  # prompt ids, the line itself
-    "Prompts of a file; ValueError names every bad line."
-    return _read_lines(path, lambda row: (
-        _encode_prompt(tokenizer, row["prompt"]), row))
+    "Prompts of a file; ValueError names the first bad lines."
+    def make(row):
+        for name in needs:
+            if name not in row:
+                raise KeyError(name)
+        return _encode_prompt(tokenizer, row["prompt"]), row
+
+    return _read_lines(path, make)
 
 
 def exact_reward(answer: str, entry: dict) -> float:

@@ -667,6 +667,14 @@ def test_files_are_read(tmp_path):
     assert al.exact_reward(" 4\n", {"answer": 4}) == 1
 
 
+def test_what_the_reward_needs_is_looked_for(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "a", "answer": "b"}\n{"prompt": "c"}\n')
+    assert len(al.read_problems(path, TOKENIZER)) == 2
+    with pytest.raises(ValueError, match="line 2: 'answer' is missing"):
+        al.read_problems(path, TOKENIZER, ["answer"])
+
+
 def test_settings_do_not_change():
     with pytest.raises(dataclasses.FrozenInstanceError):
         al.AlignConfig().beta = 2.0
