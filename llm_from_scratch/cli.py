@@ -809,12 +809,11 @@ def evaluate_command(
     grid = Table("task", "questions", "right", "95 % interval", "compared by",
                  box=None)
     answers = {}
-    with console.status("asking"):
-        for score, outcomes in run_tasks(lm, tokenizer, names, limit):
-            grid.add_row(score.task, f"{score.n:,}", f"{score.accuracy:.1%}",
-                         f"{score.low:.1%} to {score.high:.1%}", score.how)
-            answers[score.task] = {o.question.name: o.is_right(score.how)
-                                   for o in outcomes}
+    for score, outcomes in run_tasks(lm, tokenizer, names, limit, True):
+        grid.add_row(score.task, f"{score.n:,}", f"{score.accuracy:.1%}",
+                     f"{score.low:.1%} to {score.high:.1%}", score.how)
+        answers[score.task] = {o.question.name: o.is_right(score.how)
+                               for o in outcomes}
     console.print(grid)
     if against is not None:
         console.print(_paired(answers, theirs))

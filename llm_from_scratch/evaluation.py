@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from .data import fetch_wheel, nearest
 from .recurrent import bits_per_byte
@@ -177,6 +178,7 @@ def log_likelihoods(
     pairs: Sequence[tuple[list[int], list[int]]],  # as `encode_pair` gives
     context_length: int | None = None,
     batch_tokens: int = 2048,  # ids that are read together
+    progress: str | None = None,  # name of a bar to show
 ) -> list[tuple[float, bool]]:  # nats; is it what greedy writing would give?
     """How likely each continuation is after its context.
 
@@ -197,14 +199,18 @@ def log_likelihoods(
             continue
         cut = len(row) - n - 1 if hasattr(model, "new_caches") else 0
         groups.setdefault(tuple(row[:cut]), {})[i] = row[cut:]
+    bar = tqdm(total=sum(map(len, groups.values())), desc=progress,
+               disable=progress is None, leave=False)
     for batch in _batches(groups, batch_tokens, room):
         members = [pair for _, group in batch for pair in group.items()]
+        bar.update(len(members))
         for (i, row), scores in zip(members, _read(model, batch)):
             end, n = len(row) - 1, len(pairs[i][1])
             wanted = torch.tensor(row[-n:], device=scores.device)
             scores = scores[end - n:end].float().log_softmax(-1)  # (n, V)
             total = scores.gather(1, wanted[:, None]).double().sum().item()
             out[i] = total, bool((scores.argmax(-1) == wanted).all())
+    bar.close()
     return out
 
 # %% ../nbs/13_evaluation.ipynb #3948f71a
@@ -255,6 +261,7 @@ def score_questions(
     questions: Sequence[Question],
     neutral: str | None = None,  # context that asks nothing, e.g. "Answer:"
     context_length: int | None = None,
+    progress: str | None = None,  # name of a bar to show
 ) -> list[Outcome]:
     "Let a model weigh every choice of every question."
     asked = [(context, choice) for q in questions
@@ -262,7 +269,7 @@ def score_questions(
     asked += [(neutral, choice) for q in questions for choice in q.choices
               if neutral is not None]
     pairs = [encode_pair(tokenizer, *texts) for texts in asked]
-    found = log_likelihoods(model, pairs, context_length)
+    found = log_likelihoods(model, pairs, context_length, progress=progress)
     out, at, half = [], 0, len(asked) // 2
     for q in questions:
         rows = slice(at, at + len(q.choices))
@@ -472,13 +479,15 @@ def run_tasks(
     tokenizer: Tokenizer,
     tasks: Iterable[str],      # of TASKS
     limit: int | None = None,  # questions of each; default: all
+    progress: bool = False,    # show a bar for each task
 ) -> Iterator[tuple[TaskScore, list[Outcome]]]:  # one at a time
     "Ask a model the questions of each task, scored as is usual for it."
     names = [nearest(name, TASKS, "task") for name in tasks]
     for name in names:
         task = TASKS[name]
         outcomes = score_questions(model, tokenizer, read_task(name, limit),
-                                   task.neutral)
+                                   task.neutral,
+                                   progress=name if progress else None)
         right, n = sum(o.is_right(task.how) for o in outcomes), len(outcomes)
         yield TaskScore(name, task.how, n, right / n,
                         *interval(right, n)), outcomes

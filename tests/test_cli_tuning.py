@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from llm_from_scratch import alignment, finetuning
+from llm_from_scratch import alignment, cli, finetuning
 from llm_from_scratch.cli import main
 from llm_from_scratch.finetuning import Classifier
 from llm_from_scratch.model import (
@@ -23,7 +23,7 @@ from llm_from_scratch.model import (
     save_tokenizer,
 )
 from llm_from_scratch.quantization import quantize_model, save_quantized
-from llm_from_scratch.tokenizer import Tokenizer
+from llm_from_scratch.tokenizer import END_OF_TEXT, Tokenizer
 
 TEXT = " ".join(
     f"{a} {b} {c} {n}."
@@ -543,3 +543,50 @@ def test_labels_that_were_never_taught(words, shelf):
     assert judge.numbers(["rotten", "fresh"]).tolist() == [1, 0]
     with pytest.raises(ValueError, match="'ripe'.*fresh, rotten"):
         judge.numbers(["fresh", "ripe"])
+
+
+def test_answers_end_as_the_model_says(call, shelf, tmp_path, monkeypatch):
+    lm = load_model(shelf / "base")
+    lm.special_ids = {"eos_token_id": [7, 0]}  # a chat's end, a text's end
+    save_model(lm, tmp_path / "talker")
+    save_tokenizer(
+        Tokenizer.train([TEXT], lm.config.vocab_size), tmp_path / "talker"
+    )
+    seen = []
+
+    def note(data, tokenizer, end):
+        seen.append(end)
+        raise ValueError("enough")
+
+    monkeypatch.setattr(cli, "read_pairs", note)
+    for model in ("talker", shelf / "base"):
+        call(*("align", model, "--data", shelf / "pairs.jsonl"), "--out", "x")
+    words = Tokenizer.load(shelf / "base" / "tokenizer.json")
+    assert seen == [7, words.special_tokens[END_OF_TEXT]]
+
+
+def test_quantize_with_and_without_a_text(call, shelf):
+    calls = {
+        "own": [],
+        "near": ["--nearest"],
+        "text": ["--calibrate", shelf / "verses.txt"],
+    }
+    for name, more in calls.items():
+        done = call("quantize", shelf / "base", "--out", name, *more)
+        assert done.returncode == 0, done.stderr
+    weights = [load_file(f"{name}/quantized.safetensors") for name in calls]
+    steps = [t["blocks.0.attention.qkv.steps"] for t in weights]
+    assert len({tuple(s.flatten().tolist()) for s in steps}) == 3
+    done = call(
+        *("quantize", shelf / "base", "--out", "both", "--nearest"),
+        *("--calibrate", shelf / "verses.txt"),
+    )
+    assert done.returncode == 2 and "--nearest" in done.stderr
+
+
+def test_evaluate_against_what_is_no_answers(call, shelf, tmp_path):
+    for text in ("[1]", "{}", '{"piqa": {"a": 3}}', "no json"):
+        (tmp_path / "old.json").write_text(text)
+        done = call("evaluate", shelf / "base", "--against", "old.json")
+        assert done.returncode != 0 and done.stderr.count("\n") == 1
+        assert "old.json is not what evaluate --out writes" in done.stderr
