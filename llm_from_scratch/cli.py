@@ -993,6 +993,9 @@ def merge_command(
     print(f"model in {out}")
 
 # %% ../nbs/D_command_line.ipynb #cd31dd1d
+_NEEDS = {"exact": ["answer"], "palindrome": ["letters"]}  # in each line
+
+
 @app.command("align")
 def align_command(
     model: Annotated[str, typer.Argument(help=SOURCE)],
@@ -1010,8 +1013,9 @@ def align_command(
         help="Pairs, or prompts, of a step.")] = 32,
     learning_rate: Annotated[float, typer.Option(
         help="Of AdamW; a hundredth of this for large models.")] = 3e-4,
-    beta: Annotated[float, typer.Option(
-        help="Price of a nat of distance from the start.")] = 0.1,
+    beta: Annotated[float | None, typer.Option(
+        help="Price of a nat of distance from the start. Default: 0.1, and 2 "
+             "for simpo.")] = None,
     group_size: Annotated[int, typer.Option(
         help="For rewards: answers to each prompt.")] = 8,
     max_new_tokens: Annotated[int, typer.Option(
@@ -1028,6 +1032,8 @@ def align_command(
     """
     _require_new(out)
     nearest(method, PAIR_METHODS + REWARD_METHODS, "method")
+    if beta is None:
+        beta = 2.0 if method == "simpo" else 0.1
     config = AlignConfig(
         method, steps, batch_size, learning_rate, beta, seed=seed,
         group_size=group_size, max_new_tokens=max_new_tokens,
@@ -1044,7 +1050,8 @@ def align_command(
         print(f"pairs told apart: {log[-1]['accuracy']:.0%}")
     else:
         log = align_rewards(
-            lm, read_problems(data, tokenizer), judge, tokenizer, config, end,
+            lm, read_problems(data, tokenizer, _NEEDS[reward]), judge,
+            tokenizer, config, end,
             keep_in=out.with_name(f"{out.name}.batch.jsonl"), progress=True)
         if not log:
             raise ValueError("the reward failed for every answer, so nothing "

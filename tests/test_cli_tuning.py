@@ -414,6 +414,10 @@ def test_prompts_for_a_reward(call, shelf, tmp_path):
     refused(call, align(shelf, *grpo, data=data), "prompt 0", "from 1 to 60")
     write(data, WANTS[0], {"answer": "x"})
     refused(call, align(shelf, *grpo, data=data), "line 2", "'prompt'")
+    for reward, missing in (("exact", "answer"), ("palindrome", "letters")):
+        write(data, {"prompt": "the", "other": "x"})
+        made = align(shelf, *grpo, "--reward", reward, data=data)
+        refused(call, made, "line 1", f"'{missing}'")
     write(data, "")
     refused(call, align(shelf, *grpo, data=data), "nothing in it")
 
@@ -445,11 +449,15 @@ def test_rewards_that_fail(call, shelf, monkeypatch, harm):
     opens("run.2")
 
 
-def test_a_reward_that_always_fails(call, shelf):
-    # pairs have no answer to compare with
+def test_a_reward_that_always_fails(call, shelf, monkeypatch):
+    monkeypatch.setitem(alignment.REWARDS, "exact", lambda *_: 1 / 0)
     refused(
         call,
-        align(shelf, "--method", "grpo", "--on-bad-reward", "skip"),
+        align(
+            shelf,
+            *("--method", "grpo", "--on-bad-reward", "skip"),
+            data="wants.jsonl",
+        ),
         "failed for every answer",
         begun=True,
         kept=["out.batch.jsonl"],
@@ -543,6 +551,11 @@ def test_labels_that_were_never_taught(words, shelf):
     assert judge.numbers(["rotten", "fresh"]).tolist() == [1, 0]
     with pytest.raises(ValueError, match="'ripe'.*fresh, rotten"):
         judge.numbers(["fresh", "ripe"])
+
+
+def test_simpo_has_a_beta_of_its_own(call, shelf):
+    done = call(*align(shelf, "--method", "simpo", data=shelf / "pairs.jsonl"))
+    assert done.returncode == 0, done.stderr
 
 
 def test_answers_end_as_the_model_says(call, shelf, tmp_path, monkeypatch):
