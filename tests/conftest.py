@@ -1,6 +1,7 @@
 """What several tests share: a command line process, a small trained run."""
 
 import os
+import signal
 import subprocess
 import sys
 
@@ -10,6 +11,11 @@ from hypothesis import settings
 # the same examples in every run, and no limit that a busy machine breaks
 settings.register_profile("book", deadline=None, derandomize=True)
 settings.load_profile("book")
+
+
+def pytest_configure():
+    "Some tests press Ctrl-C, which a run in the background would not hear."
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def run_cli(*args, cwd=None, timeout=240, **env):
