@@ -856,9 +856,10 @@ def finetune_command(
 
     Example: `llm-from-scratch finetune run/ --data chats.jsonl --out taught/`
     """
-    if resume and not list_checkpoints(out):
+    begun = bool(list_checkpoints(out))
+    if resume and not begun:
         raise ValueError(f"--resume: {out} holds no checkpoint to go on from")
-    if not resume and list_checkpoints(out):
+    if begun and not resume:
         raise ValueError(
             f"--out {out} holds a run already: add --resume to go on with "
             "it, or choose another folder")

@@ -135,37 +135,20 @@ SOON = ["--steps", 2, "--batch-size", 2]
 BRIEF = [*SOON, "--max-new-tokens", 4, "--group-size", 2]
 
 
-def finetune(shelf, *more, model="base", data="chats.jsonl", out="out"):
-    return [
-        "finetune",
-        shelf / model,
-        "--data",
-        shelf / data,
-        *("--out", out, "--epochs", 1, "--batch-size", 2),
-        *more,
-    ]
+def builder(command, data, *brief):
+    "Makes the arguments of a short run."
+    usual = data
+
+    def make(shelf, *more, model="base", data=usual, out="out"):
+        paths = (shelf / model, "--data", shelf / data, "--out", out)
+        return [command, *paths, *brief, *more]
+
+    return make
 
 
-def lora(shelf, *more, model="base", data="verses.txt", out="out"):
-    return [
-        "lora",
-        shelf / model,
-        "--data",
-        shelf / data,
-        *("--out", out, *SOON),
-        *more,
-    ]
-
-
-def align(shelf, *more, model="base", data="pairs.jsonl", out="out"):
-    return [
-        "align",
-        shelf / model,
-        "--data",
-        shelf / data,
-        *("--out", out, *BRIEF),
-        *more,
-    ]
+finetune = builder("finetune", "chats.jsonl", "--epochs", 1, "--batch-size", 2)
+lora = builder("lora", "verses.txt", *SOON)
+align = builder("align", "pairs.jsonl", *BRIEF)
 
 
 def opens(folder):
