@@ -28,11 +28,9 @@ from llm_from_scratch.data import Windows
 from llm_from_scratch.model import PRESETS, TransformerLM
 from llm_from_scratch.tokenizer import write_file
 from llm_from_scratch.training import (
-    AdamW,
-    Muon,
     TrainConfig,
     fast_settings,
-    parameter_groups,
+    make_optimizer,
     train_step,
 )
 
@@ -58,10 +56,7 @@ def make_step(stack, fields):
     torch.manual_seed(0)
     model = TransformerLM(PRESETS["laptop"]).train()
     c = TrainConfig(n_steps=900, max_spike=math.inf, batch_size=8, **fields)
-    muon = c.optimizer == "muon"
-    optimizer = (Muon if muon else AdamW)(
-        parameter_groups(model, c.weight_decay, muon), betas=(0.9, c.beta2)
-    )
+    optimizer = make_optimizer(model, c)
     ids = np.random.default_rng(0).integers(0, 4096, 500_000)
     windows = Windows(ids.astype(np.uint16), 256, c.batch_size, seed=1)
     forward, _ = stack.enter_context(fast_settings(model, c))

@@ -35,12 +35,10 @@ from llm_from_scratch.data import Windows, load_documents, split_documents
 from llm_from_scratch.model import ModelConfig, TransformerLM
 from llm_from_scratch.tokenizer import write_file
 from llm_from_scratch.training import (
-    AdamW,
-    Muon,
     TrainConfig,
     fast_settings,
     learning_rate,
-    parameter_groups,
+    make_optimizer,
     train_step,
 )
 
@@ -151,11 +149,7 @@ def make_ours(vocab_size, windows, config, shape, extras, stack):
         for block in model.blocks:
             torch.nn.init.zeros_(block.attention.out.weight)
             torch.nn.init.zeros_(block.feed_forward.down.weight)
-    muon = config.optimizer == "muon"
-    optimizer = (Muon if muon else AdamW)(
-        parameter_groups(model, config.weight_decay, muon),
-        betas=(0.9, config.beta2),
-    )
+    optimizer = make_optimizer(model, config)
     forward, _ = stack.enter_context(fast_settings(model, config))
 
     def step(number):

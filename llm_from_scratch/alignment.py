@@ -28,7 +28,7 @@ from tqdm import tqdm, trange
 from .finetuning import check_messages
 from .model import TransformerLM
 from .pretrained import encode_chat
-from .tokenizer import END_OF_TEXT, Tokenizer, write_file
+from .tokenizer import END_OF_TEXT, Tokenizer
 from llm_from_scratch.training import (
     AdamW, TrainConfig, apply_gradients, autocast, fast_settings,
     parameter_groups,
@@ -267,6 +267,15 @@ def _settings(c: AlignConfig, learning_rate: float) -> TrainConfig:
                        precision=c.precision)
 
 
+def _learner(
+    model: nn.Module, c: AlignConfig, learning_rate: float,
+) -> tuple[AdamW, list[Tensor], TrainConfig]:
+    "Its optimizer, what that moves, and the settings of a step."
+    settings = _settings(c, learning_rate)
+    return (AdamW(parameter_groups(model, 0.0)), [*model.parameters()],
+            settings)
+
+
 def _frozen(model: TransformerLM) -> TransformerLM:
     "A copy that does not learn: the reference."
     return copy.deepcopy(model).eval().requires_grad_(False)
@@ -331,9 +340,7 @@ def align_pairs(
                              f"answer; the context holds {room}")
     rng, order, log = random.Random(c.seed), [], []
     reference, _ = _frozen(model), model.eval()  # no dropout: both alike
-    settings = _settings(c, c.learning_rate)
-    params = list(model.parameters())
-    optimizer = AdamW(parameter_groups(model, 0.0))
+    optimizer, params, settings = _learner(model, c, c.learning_rate)
     for step in trange(c.n_steps, disable=not progress):
         while len(order) < c.batch_size:  # every pair once, then again
             order += rng.sample(range(len(pairs)), len(pairs))
@@ -383,12 +390,24 @@ class BadReward(ValueError):
     "A reward function raised, or returned what is no finite number."
 
 
+def _add_lines(path: str | Path, rows: list[dict]) -> None:
+    "Append JSON lines; half a line that was left there stays by itself."
+    text = "".join(json.dumps(row, default=str) + "\n" for row in rows)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a+b") as file:
+        if file.tell():
+            file.seek(-1, 2)
+            text = text if file.read() == b"\n" else "\n" + text
+        file.write(text.encode())
+
+
 def score_answers(
     reward: Callable[[str, dict], float],  # (answer, entry) -> number
     answers: Sequence[str],
     entries: Sequence[dict],            # what the reward may need to know
     on_bad_reward: str = "stop",        # or "skip": NaN in its place
-    keep_in: str | Path | None = None,  # JSONL file for a batch gone wrong
+    keep_in: str | Path | None = None,  # JSONL file: batches gone wrong
+    step: int | None = None,            # number to keep them under
 ) -> Tensor:                            # (B,)
     "Rewards of a batch; BadReward, or a line on stderr, for what failed."
     scores, wrong = [], []
@@ -405,11 +424,12 @@ def score_answers(
                    f"{len(scores)} answers, first for {wrong[0][0]!r}: "
                    f"{wrong[0][1]}")
         if keep_in is not None:
-            lines = [json.dumps({"answer": a, "entry": e, "reward":
-                                 None if math.isnan(s) else s}, default=str)
-                     for a, e, s in zip(answers, entries, scores)]
-            write_file(keep_in, "\n".join(lines) + "\n")
+            rows = [{"step": step, "answer": a, "entry": e,
+                     "reward": None if math.isnan(s) else s}
+                    for a, e, s in zip(answers, entries, scores)]
+            _add_lines(keep_in, rows)
             message += f"; the batch is in {keep_in}"
+            message += "" if step is None else f", step {step}"
         if on_bad_reward == "stop":
             raise BadReward(message)
         tqdm.write(message, file=sys.stderr)
@@ -442,7 +462,8 @@ def roll_out(
     config: AlignConfig,
     end_id: int,
     generator: torch.Generator | None = None,
-    keep_in: str | Path | None = None,
+    keep_in: str | Path | None = None,  # for a batch whose reward failed
+    step: int | None = None,            # number to keep it under
 ) -> Rollout:  # group_size answers to each problem, side by side
     "Let the policy answer and see what it earns."
     c, n = config, config.group_size
@@ -451,7 +472,8 @@ def roll_out(
     texts = [tokenizer.decode([i for i in ids if i != end_id])
              for ids in answers]
     entries = [entry for _, entry in problems for _ in range(n)]
-    rewards = score_answers(reward, texts, entries, c.on_bad_reward, keep_in)
+    rewards = score_answers(reward, texts, entries, c.on_bad_reward, keep_in,
+                            step)
     prompts = [ids for ids, _ in problems for _ in range(n)]
     device = model.embedding.weight.device
     ids, mask = (t.to(device) for t in join_answers(prompts, answers))
@@ -571,7 +593,7 @@ def align_rewards(
     tokenizer: Tokenizer,
     config: AlignConfig = AlignConfig("grpo"),
     end_id: int | None = None,  # default: the end of text
-    keep_in: str | Path | None = None,  # for a batch whose reward failed
+    keep_in: str | Path | None = None,  # for batches whose reward failed
     progress: bool = False,     # show a bar
 ) -> list[dict]:                # a record of each step
     "Learn from what the policy's own answers earn."
@@ -587,12 +609,10 @@ def align_rewards(
     generator = torch.Generator().manual_seed(c.seed)
     rng, order, log = random.Random(c.seed), [], []
     reference, _ = _frozen(model), model.eval()
-    learners = [(model, AdamW(parameter_groups(model, 0.0)),
-                 _settings(c, c.learning_rate))]
     critic = ScalarHead(model) if c.method == "ppo" else None
+    learners = [_learner(model, c, c.learning_rate)]
     if critic is not None:
-        learners.append((critic, AdamW(parameter_groups(critic, 0.0)),
-                         _settings(c, c.critic_rate)))
+        learners.append(_learner(critic, c, c.critic_rate))
     passes = 1 if c.method == "reinforce" else c.epochs
     parts = 1 if c.method == "reinforce" else c.minibatches
     for step in trange(c.n_steps, disable=not progress):
@@ -600,7 +620,8 @@ def align_rewards(
             order += rng.sample(range(len(problems)), len(problems))
         chosen, order = order[:c.batch_size], order[c.batch_size:]
         batch = roll_out(model, reference, [problems[i] for i in chosen],
-                         reward, tokenizer, c, end_id, generator, keep_in)
+                         reward, tokenizer, c, end_id, generator, keep_in,
+                         step + 1)
         if not batch.counts.any():
             continue  # no reward of this batch is known
         gains, wanted = advantages(batch, c, critic)
@@ -619,10 +640,10 @@ def align_rewards(
             if critic is not None:
                 off = critic(ids[:, :-1]) - wanted[rows]
                 losses.append(average(off.square(), counts))
-            for loss, (net, optimizer, settings) in zip(losses, learners):
+            for loss, (optimizer, params, settings) in zip(losses, learners):
                 loss.backward()
-                apply_gradients(optimizer, list(net.parameters()),
-                                loss.item(), step, settings)
+                apply_gradients(optimizer, params, loss.item(), step,
+                                settings)
         log.append(_describe(batch, step, entropy, counts))
     return log
 
@@ -713,4 +734,7 @@ def exact_reward(answer: str, entry: dict) -> float:
     return float(answer.strip() == str(entry["answer"]).strip())
 
 
-REWARDS = {"exact": exact_reward, "palindrome": palindrome_score}
+REWARDS = {  # and what each looks for in a line
+    "exact": (exact_reward, ["answer"]),
+    "palindrome": (palindrome_score, ["letters"]),
+}

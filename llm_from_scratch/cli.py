@@ -57,11 +57,12 @@ from llm_from_scratch.evaluation import (
 from llm_from_scratch.finetuning import (
     PLAIN_TEMPLATE,
     Batches,
-    encode_chats,
+    _encode_numbered,
+    _name_lines,
+    _number_chats,
     end_ids,
     finetune,
     pad_examples,
-    read_chats,
     reply,
 )
 from llm_from_scratch.generation import (
@@ -123,13 +124,13 @@ from llm_from_scratch.scaling import (
     read_budget,
 )
 from llm_from_scratch.tokenizer import (
-    END_OF_TEXT,
     PATTERNS,
     Tokenizer,
     read_pieces,
     write_file,
 )
 from llm_from_scratch.training import (
+    OPTIMIZERS,
     RECIPES,
     Interrupted,
     TrainConfig,
@@ -414,6 +415,10 @@ def _start_run(
         _fit_run(run, _free_memory() if memory is None else _bytes(memory))
     elif memory is not None:
         raise ValueError("--memory is for --auto-batch: add it")
+    if sharding:
+        from llm_from_scratch.distributed import _require_shareable
+
+        _require_shareable(TrainConfig(**run["train"]))
     size = run["train"]["batch_size"]
     if size % processes:
         raise ValueError(f"batch_size {size} cannot be shared by {processes} "
@@ -462,6 +467,9 @@ def train_command(
     memory: Annotated[str | None, typer.Option(
         help="For --auto-batch, as 16GB. [default: what is free now]",
         show_default=False)] = None,
+    optimizer: Annotated[str | None, typer.Option(
+        help=f"{' or '.join(OPTIMIZERS)}, instead of the recipe's.",
+    )] = None,
     tensorboard: Annotated[bool, typer.Option(
         "--tensorboard",
         help="Write curves for TensorBoard into --out.")] = False,
@@ -480,7 +488,7 @@ def train_command(
     Ctrl-C saves a checkpoint and stops; `--resume` goes on from it. Example:
     `llm-from-scratch train --preset nano --data shakespeare --out run/`
     """
-    given = {"n_steps": steps, "seed": seed,
+    given = {"n_steps": steps, "seed": seed, "optimizer": optimizer,
              "tensorboard": tensorboard or None}
     choices = dict(preset_name=preset, data=data, config=config, changes={
         k: v for k, v in given.items() if v is not None})
@@ -596,10 +604,7 @@ def open_model(
         lm, tokenizer = load_any(weights)
     else:  # a checkpoint has no tokenizer of its own
         lm, tokenizer = load_model(weights), read_tokenizer(words)
-    said = lm.special_ids.get("eos_token_id", [])
-    ends = {*(said if isinstance(said, list) else [said]),
-            tokenizer.special_tokens.get(END_OF_TEXT)}
-    return lm, tokenizer, ends - {None}
+    return lm, tokenizer, {*end_ids(lm, tokenizer)}
 
 
 SOURCE = "A folder, a .gguf file, smollm2-135m, or owner/model."
@@ -848,6 +853,8 @@ def finetune_command(
         help="Conversations in a step.")] = 8,
     context: Annotated[int, typer.Option(
         help="Leave out conversations with more tokens.")] = 512,
+    optimizer: Annotated[str, typer.Option(
+        help=f"{' or '.join(OPTIMIZERS)}.")] = "adamw",
     resume: Annotated[bool, typer.Option(
         "--resume", help="Go on with a run that was stopped.")] = False,
     seed: Annotated[int, typer.Option(help="Of the order.")] = 0,
@@ -868,21 +875,27 @@ def finetune_command(
     if min(epochs, batch_size, context) < 1:
         raise ValueError(f"epochs {epochs}, batch_size {batch_size} and "
                          f"context {context} must be at least 1")
-    chats = read_chats(data)
+    nearest(optimizer, OPTIMIZERS, "optimizer")
+    chats = _number_chats(data)
     lm, tokenizer = _open_floats(model)
     tokenizer.chat_template = tokenizer.chat_template or PLAIN_TEMPLATE
     width = min(context, lm.config.context_length)
-    examples, n_left_out = encode_chats(tokenizer, chats, width)
-    if n_left_out:
-        print(f"note: {n_left_out} of {len(chats)} conversations have more "
-              f"than {width} tokens and are left out", file=sys.stderr)
+    try:
+        examples, left_out = _encode_numbered(tokenizer, chats, width)
+    except ValueError as error:
+        raise ValueError(f"{data}: {error}") from None
+    if left_out:
+        print(f"note: {len(left_out)} of {len(chats)} conversations have more "
+              f"than {width} tokens and are left out: "
+              + _name_lines(left_out), file=sys.stderr)
     batches = Batches(examples, lambda part: pad_examples(part, 0, width),
                       batch_size, seed, size=lambda e: len(e.ids))
     n_steps = epochs * len(batches)
     try:
         log = finetune(lm, batches, TrainConfig(
-            n_steps=n_steps, learning_rate=learning_rate, weight_decay=0.01,
-            warmup_steps=n_steps // 10, seed=seed), folder=out)
+            n_steps=n_steps, optimizer=optimizer, weight_decay=0.01,
+            learning_rate=learning_rate, warmup_steps=n_steps // 10,
+            seed=seed), folder=out)
     except Interrupted as stop:
         raise Interrupted(f"{stop}; a checkpoint is saved. Say the same with "
                           "--resume to go on") from None
@@ -994,9 +1007,6 @@ def merge_command(
     print(f"model in {out}")
 
 # %% ../nbs/D_command_line.ipynb #cd31dd1d
-_NEEDS = {"exact": ["answer"], "palindrome": ["letters"]}  # in each line
-
-
 @app.command("align")
 def align_command(
     model: Annotated[str, typer.Argument(help=SOURCE)],
@@ -1039,20 +1049,20 @@ def align_command(
         method, steps, batch_size, learning_rate, beta, seed=seed,
         group_size=group_size, max_new_tokens=max_new_tokens,
         on_bad_reward=on_bad_reward)
-    judge = REWARDS[nearest(reward, REWARDS, "reward")]
+    judge, needs = REWARDS[nearest(reward, REWARDS, "reward")]
     lm, tokenizer = _open_floats(model)
-    said = lm.special_ids.get("eos_token_id")  # a number, several, or none
-    end = said[0] if isinstance(said, list) else said
+    end = next(iter(end_ids(lm, tokenizer)), None)
     if end is None:
-        end = min(end_ids(lm, tokenizer))
+        raise ValueError(f"{model} names no token that ends an answer: set "
+                         "eos_token_id in its generation_config.json")
     if method in PAIR_METHODS:
         log = align_pairs(lm, read_pairs(data, tokenizer, end), config,
                           progress=True)
         print(f"pairs told apart: {log[-1]['accuracy']:.0%}")
     else:
         log = align_rewards(
-            lm, read_problems(data, tokenizer, _NEEDS[reward]), judge,
-            tokenizer, config, end,
+            lm, read_problems(data, tokenizer, needs), judge, tokenizer,
+            config, end,
             keep_in=out.with_name(f"{out.name}.batch.jsonl"), progress=True)
         if not log:
             raise ValueError("the reward failed for every answer, so nothing "

@@ -48,7 +48,7 @@ from .recurrent import mean_loss
 from .tokenizer import write_file
 from llm_from_scratch.training import (
     AdamW, Diverged, Interrupted, LossScaler, Muon, TrainConfig,
-    apply_gradients, autocast, orthogonalize, parameter_groups, recompute,
+    apply_gradients, autocast, make_optimizer, orthogonalize, recompute,
     _Board, _checksum, _checksums, _choose_precision, _cut_log,
     _highest_loss, _keep_batch, _mark, _remove, _require_same_plan,
     _require_same_shape, _show, _write_record,
@@ -336,6 +336,9 @@ class _ShardedMuon(Muon):
             p.add_(own, alpha=-0.2 * lr * math.sqrt(max(p.shape)))
 
 
+_KINDS = {"adamw": AdamW, "muon": _ShardedMuon}
+
+
 class _TeamScaler(LossScaler):
     "The scale of fp16, by an overflow in any part."
 
@@ -354,8 +357,15 @@ def _named_tensors(model: nn.Module, optimizer: AdamW) -> dict[str, Tensor]:
     state = {}
     for name, p in model.named_parameters():
         state[name] = p.detach()
-        for key in optimizer.state[p].keys() & {"m", "v"}:
-            state[f"{key}.{name}"] = optimizer.state[p][key]
+        for key, value in optimizer.state[p].items():
+            if not isinstance(value, Tensor):   # the number of steps
+                continue
+            if value.shape != p.shape:   # nobody could find its rows
+                raise ValueError(
+                    f"{type(optimizer).__name__} keeps {key} of {name} as "
+                    f"{tuple(value.shape)}, not {tuple(p.shape)}: it has no "
+                    "sharded checkpoints; take AdamW or Muon")
+            state[f"{key}.{name}"] = value
     return state
 
 # %% ../nbs/11_distributed.ipynb #c230479e
@@ -389,11 +399,12 @@ def save_shards(
     final = Path(folder) / "shards" / f"step-{step:07d}"
     aside = final.with_name("." + final.name)
     with together(team):
+        tensors = _named_tensors(model, optimizer)
         if team.rank == 0:
             for left in final.parent.glob(".*step-*"):
                 shutil.rmtree(left)
             aside.mkdir(parents=True)
-    dcp.save(_named_tensors(model, optimizer),
+    dcp.save(tensors,
              storage_writer=dcp.HuggingFaceStorageWriter(
                  str(aside), save_distributed=True))
     with together(team, patience=10):   # rank 0 reads all for the checksums
@@ -515,6 +526,16 @@ def _catch_stop(grace: int = 60) -> Iterator[list]:
             signal.alarm(0)
 
 # %% ../nbs/11_distributed.ipynb #fae13795
+def _require_shareable(c: TrainConfig) -> None:
+    "ValueError for settings that only one process can have."
+    if c.optimizer not in _KINDS:
+        raise ValueError(f"optimizer {c.optimizer} is for one process; "
+                         f"choose {' or '.join(_KINDS)}")
+    if c.compile == "yes":
+        raise ValueError("compile yes is for one process; choose auto, "
+                         "which does not compile on several, or no")
+
+
 def _require_plan(team: Team, model: TransformerLM, c: TrainConfig,
                   things: dict) -> None:
     "Refuse what cannot work, and ranks that were given different things."
@@ -522,9 +543,7 @@ def _require_plan(team: Team, model: TransformerLM, c: TrainConfig,
         if things["sharding"] not in ("ddp", "fsdp"):
             raise ValueError(f"sharding is {things['sharding']!r}; choose ddp "
                              "or fsdp")
-        if c.compile == "yes":
-            raise ValueError("compile yes is for one process; choose auto, "
-                             "which does not compile on several, or no")
+        _require_shareable(c)
         sums = [p.detach().double().sum().item() for p in model.parameters()]
         words = {**things, "settings": dataclasses.asdict(c), "weights":
                  _checksum({"sums": sums})[:8]}
@@ -664,10 +683,7 @@ def train_distributed(
         "data": data, "validation data": _mark(valid_windows),
         "sharding": sharding})
     runner = spread(model, team, sharding, c.precision)
-    muon, used = c.optimizer == "muon", 0
-    optimizer = (_ShardedMuon if muon else AdamW)(
-        parameter_groups(model, c.weight_decay, muon), c.learning_rate,
-        betas=(0.9, c.beta2))
+    optimizer, used = make_optimizer(model, c, _KINDS), 0
     for left in reversed(range(c.recoveries + 1)):
         try:
             return _run(team, runner, model, optimizer, windows, valid, c,

@@ -16,7 +16,7 @@ import dataclasses
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -43,9 +43,9 @@ from llm_from_scratch.pretrained import (
 )
 from .tokenizer import END_OF_TEXT, Tokenizer
 from llm_from_scratch.training import (
-    AdamW, Diverged, Interrupted, Muon, TrainConfig, _catch_interrupt,
+    AdamW, Diverged, Interrupted, TrainConfig, _catch_interrupt,
     _choose_precision, _resume, apply_gradients, autocast,
-    parameter_groups, recompute, save_checkpoint,
+    make_optimizer, recompute, save_checkpoint,
 )
 
 # %% ../nbs/16_finetuning.ipynb #6d510baa
@@ -284,13 +284,12 @@ def answer_loss(
     return total, int((targets != IGNORE).sum())
 
 # %% ../nbs/16_finetuning.ipynb #3c5dddff
-def _step(model: nn.Module, optimizer: AdamW, batches: Batches, step: int,
+def _step(model: nn.Module, optimizer: AdamW, params: list[Tensor],
+          layers: Iterable[MultiHeadAttention], batches: Batches, step: int,
           config: TrainConfig, loss: Callable) -> dict:
     "One update by the mean over all that counts in the parts of a step."
-    c, total, count = config, 0.0, 0
-    device = next(model.parameters()).device
+    c, total, count, device = config, 0.0, 0, params[0].device
     precision = _choose_precision(c.precision, device.type)
-    layers = [m for m in model.modules() if isinstance(m, MultiHeadAttention)]
     for part in range(c.accumulation_steps):
         batch = batches.batch(step * c.accumulation_steps + part)
         batch = tuple(x.to(device) for x in batch)
@@ -301,12 +300,11 @@ def _step(model: nn.Module, optimizer: AdamW, batches: Batches, step: int,
             value, n = loss(model, batch)
         value.backward()
         total, count = total + value.item(), count + n
-    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    grads = [p.grad for p in params if p.grad is not None]
     torch._foreach_div_(grads, max(count, 1))
     mean = total / count if count else math.nan
     try:
-        record = apply_gradients(optimizer, list(model.parameters()), mean,
-                                 step, c)
+        record = apply_gradients(optimizer, params, mean, step, c)
     except Diverged as error:
         raise Diverged(f"{error}; {count} positions count. Look at the batch "
                        "of this step, or try a learning_rate below "
@@ -336,8 +334,8 @@ def finetune(
     Raises Diverged, and updates nothing, if a loss is not finite or nothing
     counts, and Interrupted after Ctrl-C, when a checkpoint is saved.
     """
-    c, loss, muon = config, loss or answer_loss, config.optimizer == "muon"
-    if not any(p.requires_grad for p in model.parameters()):
+    c, loss, params = config, loss or answer_loss, [*model.parameters()]
+    if not any(p.requires_grad for p in params):
         raise ValueError("no parameter asks for gradients; unfreeze some")
     if c.precision == "fp16":
         raise ValueError("precision is 'fp16', which needs a scaled loss; "
@@ -345,9 +343,7 @@ def finetune(
     if folder and not isinstance(model, TransformerLM):
         raise ValueError(f"a {type(model).__name__} has no checkpoints; "
                          "leave out folder, and save it at the end")
-    optimizer = (Muon if muon else AdamW)(
-        parameter_groups(model, c.weight_decay, muon), c.learning_rate,
-        betas=(0.9, c.beta2))
+    optimizer = make_optimizer(model, c)
     torch.manual_seed(c.seed)
     state, log, mark = {"step": 0}, [], _name_order(batches)
     if folder:
@@ -363,7 +359,8 @@ def finetune(
               recompute(model, c.recompute),
               _catch_interrupt(bool(folder)) as stop):
             for step in range(state["step"], c.n_steps):
-                record = _step(model, optimizer, batches, step, c, loss)
+                record = _step(model, optimizer, params, holds, batches,
+                               step, c, loss)
                 done, last = step + 1, step + 1 == c.n_steps
                 if measure and (last or done % c.eval_interval == 0):
                     model.eval()
@@ -526,11 +523,15 @@ def encode_example(
     return Example(ids, mask)
 
 # %% ../nbs/16_finetuning.ipynb #d933c9f4
-def read_chats(
-    path: str | Path,  # .jsonl, each line {"messages": [...]}
-) -> list[list[dict[str, str]]]:
-    "Conversations of a file; all malformed lines are named by number."
-    path, chats, bad = Path(path), [], []
+def _name_lines(numbers: list[int], what: str = "line") -> str:
+    "line 3, or lines 3, 5, 8: the first five of many."
+    shown = ", ".join(map(str, numbers[:5])) + ", ..." * (len(numbers) > 5)
+    return f"{what}{'s' * (len(numbers) > 1)} {shown}"
+
+
+def _number_chats(path: str | Path) -> dict[int, list[dict[str, str]]]:
+    "Conversations of a file by line; all malformed lines are named."
+    path, chats, bad = Path(path), {}, []
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
@@ -543,7 +544,7 @@ def read_chats(
             if not isinstance(row, dict) or "messages" not in row:
                 raise ValueError("no object with 'messages'")
             check_messages(row["messages"])
-            chats.append(row["messages"])
+            chats[number] = row["messages"]
         except json.JSONDecodeError as error:
             bad.append(f"line {number}: not JSON ({error.msg})")
         except (ValueError, RecursionError) as error:
@@ -557,24 +558,46 @@ def read_chats(
     return chats
 
 
+def read_chats(
+    path: str | Path,  # .jsonl, each line {"messages": [...]}
+) -> list[list[dict[str, str]]]:
+    "Conversations of a file; all malformed lines are named by number."
+    return [*_number_chats(path).values()]
+
+
+def _encode_numbered(
+    tokenizer: Tokenizer, chats: dict[int, list], context_length: int,
+    what: str = "line",
+) -> tuple[list[Example], list[int]]:
+    "Examples, and the numbers of those left out; others that fail are named."
+    examples, bad = {}, {}
+    for number, messages in chats.items():
+        try:
+            examples[number] = encode_example(tokenizer, messages)
+        except ValueError as error:
+            bad.setdefault(str(error), []).append(number)
+    if bad:
+        said = [f"{_name_lines(numbers, what)}: {reason}"
+                for reason, numbers in bad.items()]
+        raise ValueError("; ".join(said[:5]) + "; ..." * (len(said) > 5))
+    fits = {number: e for number, e in examples.items()
+            if len(e.ids) <= context_length + 1}
+    if not fits:
+        raise ValueError(f"all {len(examples)} conversations are longer than "
+                         f"{context_length} tokens; shorten them, or choose "
+                         "a larger context")
+    return [*fits.values()], [n for n in examples if n not in fits]
+
+
 def encode_chats(
     tokenizer: Tokenizer,
     chats: Sequence[list[dict[str, str]]],
     context_length: int,          # longer ones are left out
 ) -> tuple[list[Example], int]:   # examples, and how many were left out
-    "Examples of conversations; an error names the conversation."
-    examples = []
-    for number, messages in enumerate(chats, 1):
-        try:
-            examples.append(encode_example(tokenizer, messages))
-        except ValueError as error:
-            raise ValueError(f"conversation {number}: {error}") from None
-    fits = [e for e in examples if len(e.ids) <= context_length + 1]
-    if not fits:
-        raise ValueError(f"all {len(examples)} conversations are longer than "
-                         f"{context_length} tokens; shorten them, or choose "
-                         "a larger context")
-    return fits, len(examples) - len(fits)
+    "Examples of conversations; an error names the first that fail."
+    examples, left_out = _encode_numbered(
+        tokenizer, dict(enumerate(chats, 1)), context_length, "conversation")
+    return examples, len(left_out)
 
 # %% ../nbs/16_finetuning.ipynb #ed8bb169
 ASKED = "In a few words, who or what is {}?"
@@ -698,12 +721,12 @@ def pack_examples(
     return tuple(out)
 
 # %% ../nbs/16_finetuning.ipynb #53aec7fc
-def end_ids(model: TransformerLM, tokenizer: Tokenizer) -> set[int]:
-    "The ids that end an answer."
-    said = model.special_ids.get("eos_token_id")
-    found = {*(said if isinstance(said, list) else [said]),
-             tokenizer.special_tokens.get(END_OF_TEXT)}
-    return found - {None}
+def end_ids(model: TransformerLM, tokenizer: Tokenizer) -> list[int]:
+    "The ids that end an answer; first those that the model's files name."
+    said = model.special_ids.get("eos_token_id")  # one, several, or none
+    found = [*(said if isinstance(said, list) else [said]),
+             tokenizer.special_tokens.get(END_OF_TEXT)]
+    return [i for i in dict.fromkeys(found) if i is not None]
 
 
 def fit_chat(

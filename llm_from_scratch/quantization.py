@@ -31,7 +31,7 @@ from llm_from_scratch.pretrained import (
     read_safetensors, read_tokenizer,
 )
 from .tokenizer import Tokenizer, write_file
-from .training import AdamW
+from .training import OPTIMIZERS, AdamW
 
 # %% ../nbs/15_quantization.ipynb #d36ff4e2
 @dataclass(frozen=True)
@@ -711,6 +711,9 @@ class AdamW8bit(AdamW):
             for key, octaves in self._octaves.items():
                 state[key], state[f"{key}_top"] = to_octaves(
                     full[key], octaves, key == "m")
+
+
+OPTIMIZERS["adamw8bit"] = AdamW8bit
 
 
 def state_bytes(

@@ -1,5 +1,6 @@
-"""What several tests share: a command line process, a small trained run."""
+"""What several tests share: the command line, a small trained run."""
 
+import io
 import os
 import signal
 import subprocess
@@ -32,6 +33,49 @@ def run_cli(*args, cwd=None, timeout=240, **env):
 @pytest.fixture(scope="session")
 def cli():
     return run_cli
+
+
+@pytest.fixture
+def inside(capsys, monkeypatch):
+    "The command line without a process of its own, for many short runs."
+    from llm_from_scratch.cli import main
+
+    def call(*args, typed=""):
+        with monkeypatch.context() as once, pytest.raises(SystemExit) as stop:
+            once.setattr(sys, "stdin", io.StringIO(typed))
+            main([*map(str, args)])
+        out, err = capsys.readouterr()
+        return subprocess.CompletedProcess(args, stop.value.code, out, err)
+
+    return call
+
+
+def ends(done, code, *needles, begun=False):
+    "The last line says why; the only one, unless a run had begun."
+    assert done.returncode == code, (done.returncode, done.stderr)
+    lines = [x for x in done.stderr.splitlines() if x.strip()]
+    assert lines[-1].startswith("error: "), done.stderr
+    assert begun or len(lines) == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    for needle in needles:
+        assert str(needle) in lines[-1], lines[-1]
+
+
+def count_listings(monkeypatch, model):
+    "A list that grows whenever all parameters of such a model are listed."
+    real, seen = type(model).parameters, []
+
+    def parameters(self, *args, **kwargs):
+        yield from real(self, *args, **kwargs)
+        seen.append(1)  # whoever asks for the first only never comes here
+
+    monkeypatch.setattr(type(model), "parameters", parameters)
+    return seen
+
+
+def one_line(done, *needles):
+    "Exit code 2 and a single line on stderr that says what was wrong."
+    ends(done, 2, *needles)
 
 
 @pytest.fixture(scope="session")

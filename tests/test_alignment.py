@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import count_listings
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -533,6 +534,45 @@ def test_a_run_told_to_skip_goes_on_without_the_answer(method, capsys):
     log = al.align_rewards(model, problems, reward, TOKENIZER, config)
     assert len(log) == 3 and "failed for 4 of 8" in capsys.readouterr().err
     assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_every_batch_that_failed_is_kept(tmp_path, capsys):
+    def reward(answer, entry):
+        return float("nan") if entry["at"] else 1.0
+
+    problems = [([1, 2], {"at": 0}), ([3], {"at": 1})]
+    config = al.AlignConfig(
+        "grpo", 3, 2, group_size=4, max_new_tokens=3, on_bad_reward="skip"
+    )
+    kept = tmp_path / "new" / "batch.jsonl"
+    al.align_rewards(
+        make_model(), problems, reward, TOKENIZER, config, keep_in=kept
+    )
+    said = capsys.readouterr().err.splitlines()
+    assert [x for x in said if x.endswith(f"is in {kept}, step 3")] == said[2:]
+    rows = [json.loads(line) for line in kept.read_text().splitlines()]
+    assert [r["step"] for r in rows] == [1] * 8 + [2] * 8 + [3] * 8
+    assert sum(r["reward"] is None for r in rows) == 12
+    kept.write_bytes(kept.read_bytes()[:-5])  # a disk was full
+    al.score_answers(reward, ["a"], [{"at": 1}], "skip", kept, 9)
+    lines = kept.read_text().splitlines()
+    assert len(lines) == 25 and json.loads(lines[-1])["step"] == 9
+
+
+@pytest.mark.parametrize("method", ["ppo", "grpo"])
+def test_parameters_are_listed_once(method, monkeypatch):
+    model, counts = make_model(), []
+    seen = count_listings(monkeypatch, model)
+    for n_steps in (1, 4):
+        seen.clear()
+        config = al.AlignConfig(
+            method, n_steps, 1, group_size=2, max_new_tokens=2
+        )
+        al.align_rewards(
+            model, [([1], {})], lambda a, e: len(a), TOKENIZER, config
+        )
+        counts.append(len(seen))
+    assert counts[0] == counts[1] > 0
 
 
 def test_a_run_without_any_reward_changes_nothing():

@@ -10,6 +10,7 @@ import sys
 import time
 
 import pytest
+from conftest import one_line
 
 
 def tree(folder):
@@ -18,29 +19,6 @@ def tree(folder):
         for p in folder.rglob("*")
         if p.is_file()
     }
-
-
-@pytest.fixture
-def inside(capsys):
-    "The command line without a process of its own, for many short runs."
-    from llm_from_scratch.cli import main
-
-    def call(*args):
-        with pytest.raises(SystemExit) as stop:
-            main([*map(str, args)])
-        out, err = capsys.readouterr()
-        return subprocess.CompletedProcess(args, stop.value.code, out, err)
-
-    return call
-
-
-def one_line(done, *needles):
-    "Exit code 2 and a single line on stderr that says what was wrong."
-    assert done.returncode == 2, (done.returncode, done.stderr)
-    lines = [x for x in done.stderr.splitlines() if x.strip()]
-    assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr
-    for needle in needles:
-        assert str(needle) in lines[0], lines[0]
 
 
 @pytest.mark.parametrize(
@@ -252,6 +230,14 @@ BAD_TRAIN = {
         ["post", "pre_norm"],
     ),
     "nothing to resume": (["--resume"], ["--resume"]),
+    "unknown optimizer": (
+        ["--optimizer", "adam"],
+        ["adamw, muon or adamw8bit"],
+    ),
+    "not on several processes": (
+        ["--optimizer", "adamw8bit", "--sharding", "fsdp"],
+        ["adamw8bit is for one process", "adamw or muon"],
+    ),
     "unknown schedule": (["--config", "{tmp}/sine.toml"], ["cosine or wsd"]),
     "no memory": (["--auto-batch", "--memory", "1MB"], ["MB are free"]),
     "resume with more": (["--resume", "--seed", "1"], ["only --steps"]),

@@ -1,19 +1,16 @@
 """The commands that teach a model: good runs, bad input, interruption."""
 
-import io
 import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 
 import pytest
 import torch
+from conftest import ends
 from safetensors.torch import load_file
 
 from llm_from_scratch import alignment, cli, finetuning
-from llm_from_scratch.cli import main
 from llm_from_scratch.finetuning import Classifier
 from llm_from_scratch.model import (
     TransformerLM,
@@ -92,36 +89,16 @@ def shelf(words, tmp_path_factory):
 
 
 @pytest.fixture
-def call(capsys, monkeypatch, tmp_path, shelf):
+def call(inside, monkeypatch, tmp_path):
     "The command line, in this process and in an empty folder."
     monkeypatch.chdir(tmp_path)
-
-    def run(*args, typed=None):
-        with monkeypatch.context() as inside:
-            inside.setattr(sys, "stdin", io.StringIO(typed or ""))
-            with pytest.raises(SystemExit) as stop:
-                main([*map(str, args)])
-        out, err = capsys.readouterr()
-        return subprocess.CompletedProcess(args, stop.value.code, out, err)
-
-    return run
+    return inside
 
 
 def write(path, *rows):
     lines = [r if isinstance(r, str) else json.dumps(r) for r in rows]
     path.write_text("\n".join(lines) + "\n")
     return path
-
-
-def ends(done, code, *needles, begun=False):
-    "The last line says why; the only one, unless a run had begun."
-    assert done.returncode == code, (done.returncode, done.stderr)
-    lines = [x for x in done.stderr.splitlines() if x.strip()]
-    assert lines[-1].startswith("error: "), done.stderr
-    assert begun or len(lines) == 1, done.stderr
-    assert "Traceback" not in done.stderr
-    for needle in needles:
-        assert str(needle) in lines[-1], lines[-1]
 
 
 def refused(call, args, *needles, begun=False, kept=()):
@@ -237,8 +214,9 @@ def stop_at(monkeypatch, module, name, when):
     monkeypatch.setattr(module, name, step)
 
 
-def test_ctrl_c_and_resume(call, shelf, monkeypatch):
-    words = ("--epochs", 2, "--learning-rate", 1e-3)
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
+def test_ctrl_c_and_resume(call, shelf, monkeypatch, optimizer):
+    words = ("--epochs", 2, "--learning-rate", 1e-3, "--optimizer", optimizer)
     assert call(*finetune(shelf, *words, out="whole")).returncode == 0
     with monkeypatch.context() as once:
         stop_at(once, finetuning, "_step", 2)
@@ -246,9 +224,15 @@ def test_ctrl_c_and_resume(call, shelf, monkeypatch):
     ends(done, 130, "after step 2 of 4", "--resume", begun=True)
     assert os.listdir("out") == ["checkpoints"]
     refused(call, finetune(shelf, *words), "out", "--resume")
-    refused(call, finetune(shelf, "--resume"), "learning_rate 0.001")
+    refused(
+        call,
+        finetune(shelf, "--resume", "--optimizer", optimizer),
+        "learning_rate 0.001",
+    )
     two = (*words, "--resume")
     refused(call, finetune(shelf, *two, "--seed", 1), "seed 0")
+    other = (*two, "--optimizer", "muon")
+    refused(call, finetune(shelf, *other), f"optimizer {optimizer}, not muon")
     more = write(shelf.parent / "more.jsonl", *CHATS, *CHATS)
     refused(
         call,
@@ -258,6 +242,28 @@ def test_ctrl_c_and_resume(call, shelf, monkeypatch):
     more.unlink()
     done = call(*finetune(shelf, *two))
     assert done.returncode == 0, done.stderr
+    one, other = (
+        load_file(f"{x}/model.safetensors") for x in ("out", "whole")
+    )
+    assert not differ(one, other), "resume is not exact"
+
+
+def test_training_on_small_averages_resumes(
+    call, text_folder, monkeypatch, tmp_path
+):
+    from llm_from_scratch import training
+
+    words = ["train", "--preset", "nano", "--data", text_folder]
+    words += ["--steps", 6, "--optimizer", "adamw8bit", "--out"]
+    assert call(*words, "whole").returncode == 0
+    with monkeypatch.context() as once:
+        stop_at(once, training, "train_step", 3)
+        done = call(*words, "out")
+    ends(done, 130, "after step 3 of 6", "--resume", begun=True)
+    kept = "out/checkpoints/step-0000003/training.safetensors"
+    kinds = {name: t.dtype for name, t in load_file(kept).items()}
+    assert kinds["v.blocks.0.attention.qkv.weight"] == torch.uint8
+    assert call("train", "--out", "out", "--resume").returncode == 0
     one, other = (
         load_file(f"{x}/model.safetensors") for x in ("out", "whole")
     )
@@ -333,13 +339,26 @@ def test_resume_needs_a_run(call, shelf, tmp_path):
         ),
         ({"messages": chat()["messages"][:1]}, ["line 2", "last message"]),
         ({"messages": [{"role": "user"}]}, ["line 2", "content"]),
-        (chat("<|endoftext|>"), ["conversation 2", "<|endoftext|>"]),
-        (chat("\ud800"), ["conversation 2"]),
+        (chat("<|endoftext|>"), ["line 2:", "<|endoftext|>"]),
+        (chat("\ud800"), ["line 2:"]),
     ],
 )
 def test_malformed_conversations(call, shelf, tmp_path, row, needles):
     data = write(tmp_path / "bad.jsonl", CHATS[0], row)
-    refused(call, finetune(shelf, data=data), *needles)
+    refused(call, finetune(shelf, data=data), "bad.jsonl: ", *needles)
+
+
+def test_conversations_that_fail_are_named_by_line(call, shelf, tmp_path):
+    bad, long = chat(answer="<|endoftext|>"), chat("the king " * 40)
+    data = write(tmp_path / "bad.jsonl", CHATS[0], "", *[bad] * 6, "\n", bad)
+    refused(call, finetune(shelf, data=data), "lines 3, 4, 5, 6, 7, ...: ")
+    write(data, CHATS[0], bad, "", chat("\ud800"))
+    refused(call, finetune(shelf, data=data), "line 2: ", "; line 4: ")
+    write(data, long, "", CHATS[0], long)
+    done = call(*finetune(shelf, data=data))
+    assert done.returncode == 0
+    said = "note: 2 of 3 conversations have more than 64 tokens and are left "
+    assert said + "out: lines 1, 4\n" in done.stderr
 
 
 def test_conversations_that_fill_the_context(call, shelf, tmp_path):
@@ -412,7 +431,7 @@ def test_rewards_that_fail(call, shelf, monkeypatch, harm):
             return 1 / 0 if harm == "raises" else float("nan")
         return float(len(answer))
 
-    monkeypatch.setitem(alignment.REWARDS, "exact", judge)
+    monkeypatch.setitem(alignment.REWARDS, "exact", (judge, ["answer"]))
     said = "ZeroDivisionError" if harm == "raises" else "returned nan"
     args = align(shelf, "--method", "grpo", data="wants.jsonl", out="run.2")
     refused(
@@ -429,11 +448,15 @@ def test_rewards_that_fail(call, shelf, monkeypatch, harm):
     assert {row["entry"]["prompt"] for row in kept} == {"the", "a"}
     done = call(*args, "--on-bad-reward", "skip")
     assert done.returncode == 0 and said in done.stderr
+    assert "the batch is in run.2.batch.jsonl, step 2" in done.stderr
+    kept = [json.loads(x) for x in open("run.2.batch.jsonl")]
+    assert [row["step"] for row in kept] == [1] * 8 + [2] * 4  # two runs
     opens("run.2")
 
 
 def test_a_reward_that_always_fails(call, shelf, monkeypatch):
-    monkeypatch.setitem(alignment.REWARDS, "exact", lambda *_: 1 / 0)
+    judge = (lambda *_: 1 / 0, [])
+    monkeypatch.setitem(alignment.REWARDS, "exact", judge)
     refused(
         call,
         align(
@@ -450,6 +473,8 @@ def test_a_reward_that_always_fails(call, shelf, monkeypatch):
 def test_names_that_are_nearly_right(call, shelf):
     refused(call, align(shelf, "--method", "dpoo"), "'dpoo'", "mean 'dpo'")
     refused(call, align(shelf, "--reward", "exakt"), "'exakt'", "mean 'exact'")
+    said = ("'adamw8'", "mean 'adamw8bit'")
+    refused(call, finetune(shelf, "--optimizer", "adamw8"), *said)
     refused(call, align(shelf, "--on-bad-reward", "go"), "'go'", "stop, skip")
 
 

@@ -14,6 +14,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 
 from llm_from_scratch.data import Windows
 from llm_from_scratch.distributed import (
@@ -21,6 +22,7 @@ from llm_from_scratch.distributed import (
     cluster_bytes,
     estimate_cluster,
     join,
+    save_shards,
     train_distributed,
 )
 from llm_from_scratch.model import (
@@ -30,6 +32,7 @@ from llm_from_scratch.model import (
     count_parameters,
     preset,
 )
+from llm_from_scratch.quantization import AdamW8bit
 from llm_from_scratch.training import TrainConfig
 
 pytestmark = pytest.mark.skipif(
@@ -374,6 +377,7 @@ def test_a_rank_that_dies_first_leaves_nothing(start, tmp_path):
     [
         ("ddp", {"compile": "yes"}, "compile yes is for one process"),
         ("zero", {}, "sharding is 'zero'; choose ddp or fsdp"),
+        ("fsdp", {"optimizer": "adamw8bit"}, "for one process; .* or muon"),
     ],
 )
 def test_what_cannot_work_is_refused(tmp_path, sharding, fields, said):
@@ -391,6 +395,18 @@ def test_what_cannot_work_is_refused(tmp_path, sharding, fields, said):
             progress=False,
         )
     assert not (tmp_path / "run").exists()
+
+
+def test_averages_of_another_shape_are_not_saved(tmp_path):
+    model = TransformerLM(ModelConfig(64, 16, 64, 1, 2, d_ff=8))
+    optimizer = AdamW8bit(model.parameters())
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    with join() as team, pytest.raises(ValueError, match="no sharded") as said:
+        save_shards(tmp_path, team, model, optimizer, 1, {})
+    assert "AdamW8bit keeps m of embedding.weight" in str(said.value)
+    assert not [*tmp_path.iterdir()]
 
 
 @pytest.mark.parametrize(

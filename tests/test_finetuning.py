@@ -9,6 +9,7 @@ import signal
 
 import pytest
 import torch
+from conftest import count_listings
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -211,12 +212,25 @@ def test_nobody_speaks_for_another(words):
             encode_example(words, talk(*texts))
 
 
+def test_parameters_are_listed_once(words, monkeypatch):
+    model = tiny()
+    seen, counts = count_listings(monkeypatch, model), []
+    for n_steps in (1, 4):
+        seen.clear()
+        plan = TrainConfig(n_steps=n_steps, warmup_steps=0)
+        finetune(model, chat_batches(words), plan, progress=False)
+        counts.append(len(seen))
+    assert counts[0] == counts[1] > 0
+
+
 def test_conversations_that_fail_are_numbered(words):
     chats = [talk("a", "b"), talk("a" * 500, "b"), talk("a", "c")]
     examples, n_left_out = encode_chats(words, chats, 128)
     assert (len(examples), n_left_out) == (2, 1)
     with pytest.raises(ValueError, match="conversation 2: .*endoftext"):
         encode_chats(words, [chats[0], talk(END_OF_TEXT, "b")], 128)
+    with pytest.raises(ValueError, match="conversations 1, 3: .*endoftext"):
+        encode_chats(words, [talk(END_OF_TEXT, "b"), chats[0]] * 2, 128)
     with pytest.raises(ValueError, match="all 1 .* longer than 128"):
         encode_chats(words, chats[1:2], 128)
 
@@ -594,8 +608,10 @@ def test_half_the_context_is_kept_for_the_answer(words):
 
 def test_answers_end_where_the_files_say(words):
     model = tiny()
-    assert finetuning.end_ids(model, words) == {256}
+    assert finetuning.end_ids(model, words) == [256]
     model.special_ids = {"eos_token_id": 7}
-    assert finetuning.end_ids(model, words) == {7, 256}
-    model.special_ids = {"eos_token_id": [7, 8]}
-    assert finetuning.end_ids(model, words) == {7, 8, 256}
+    assert finetuning.end_ids(model, words) == [7, 256]
+    model.special_ids = {"eos_token_id": [8, 7, 256]}
+    assert finetuning.end_ids(model, words) == [8, 7, 256]
+    model.special_ids = {"eos_token_id": []}
+    assert finetuning.end_ids(model, words) == [256]

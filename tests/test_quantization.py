@@ -3,7 +3,9 @@
 import copy
 import json
 import math
+import shutil
 
+import numpy as np
 import pytest
 import shapes
 import torch
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from llm_from_scratch import quantization
+from llm_from_scratch.data import Windows
 from llm_from_scratch.generation import (
     generate,
     generate_batch,
@@ -41,7 +44,12 @@ from llm_from_scratch.quantization import (
     to_steps,
 )
 from llm_from_scratch.tokenizer import Tokenizer
-from llm_from_scratch.training import load_checkpoint, save_checkpoint
+from llm_from_scratch.training import (
+    TrainConfig,
+    load_checkpoint,
+    save_checkpoint,
+    train,
+)
 
 V = shapes.V
 SHAPES = {"untied": preset("nano", vocab_size=V)} | shapes.SHAPES
@@ -427,3 +435,29 @@ def test_small_averages_go_through_a_checkpoint(tmp_path):
         two_steps(model, optimizer, 1)
     for a, b in zip(*(m.parameters() for m in models)):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def test_a_run_on_small_averages_goes_on_exactly(tmp_path):
+    shape = preset("nano", vocab_size=61, dropout=0.1)
+    windows = Windows((np.arange(999) * 7919 % 61).astype(np.uint16), 64, 2)
+
+    def go(folder, optimizer="adamw8bit"):
+        plan = TrainConfig(
+            *(6, 2),
+            optimizer=optimizer,
+            warmup_steps=2,
+            precision="fp32",
+            eval_batches=1,
+            checkpoint_interval=3,
+        )
+        torch.manual_seed(0)
+        model = TransformerLM(shape)
+        train(model, windows, windows, plan, folder, progress=False)
+        return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+    whole = go(tmp_path / "run")
+    assert not torch.equal(whole, go(None, "adamw"))
+    shutil.rmtree(tmp_path / "run/checkpoints/step-0000006")
+    assert torch.equal(whole, go(tmp_path / "run"))
+    with pytest.raises(ValueError, match="optimizer adamw8bit, not muon"):
+        go(tmp_path / "run", "muon")
