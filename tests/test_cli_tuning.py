@@ -473,8 +473,8 @@ def test_a_reward_that_always_fails(call, shelf, monkeypatch):
 def test_names_that_are_nearly_right(call, shelf):
     refused(call, align(shelf, "--method", "dpoo"), "'dpoo'", "mean 'dpo'")
     refused(call, align(shelf, "--reward", "exakt"), "'exakt'", "mean 'exact'")
-    said = ("'adamw8'", "mean 'adamw8bit'")
-    refused(call, finetune(shelf, "--optimizer", "adamw8"), *said)
+    said = ("'moon'", "mean 'muon'", "adamw8bit")
+    refused(call, finetune(shelf, "--optimizer", "moon"), *said)
     refused(call, align(shelf, "--on-bad-reward", "go"), "'go'", "stop, skip")
 
 
