@@ -584,6 +584,9 @@ def test_answers_end_as_the_model_says(call, shelf, tmp_path, monkeypatch):
         call(*("align", model, "--data", shelf / "pairs.jsonl"), "--out", "x")
     words = Tokenizer.load(shelf / "base" / "tokenizer.json")
     assert seen == [7, words.special_tokens[END_OF_TEXT]]
+    monkeypatch.setattr(cli, "end_ids", lambda lm, tokenizer: [])
+    args = ("align", "talker", "--data", shelf / "pairs.jsonl", "--out", "x")
+    ends(call(*args), 2, "talker names no token that ends an answer")
 
 
 def test_quantize_with_and_without_a_text(call, shelf):
