@@ -243,8 +243,9 @@ class Outcome:
                 raise ValueError("the questions were asked without a neutral "
                                  "context; give one to score_questions")
             return [a - b for a, b in zip(self.totals, self.neutral)]
+        letters = [len(c) - c[:1].isspace() for c in self.question.choices]
         sizes = {"sum": [1] * len(self.totals), "token": self.n_tokens,
-                 "character": [len(c.strip()) for c in self.question.choices]}
+                 "character": letters}
         return [a / max(n, 1) for a, n in zip(self.totals, sizes[how])]
 
     def is_right(self, how: str = "sum") -> bool:

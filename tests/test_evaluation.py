@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from llm_from_scratch.data import cache_dir
 from llm_from_scratch.evaluation import (
     TASKS,
+    Outcome,
     Question,
     bleu,
     compare,
@@ -102,6 +103,12 @@ def test_transformers_scored_independently_agrees(
             assert outcome.is_right(how) == right
         n_greedy += outcome.is_greedy
     assert n_greedy < 20
+
+
+def test_all_characters_count_but_the_blank_that_parts():
+    question = Question("q", ("c", "c"), ("  a ", "\nbcd"), 0)
+    outcome = Outcome(question, (-6.0, -6.0), (1, 1), False)
+    assert outcome.scores("character") == [-2.0, -2.0]
 
 
 def test_greedy_is_what_the_model_would_write(model, tokenizer):
