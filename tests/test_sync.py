@@ -59,6 +59,18 @@ def test_cells_carry_no_metadata_and_known_directives(path):
                 assert line[2:].split()[0] in known, f"{path.name}: {line}"
 
 
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_prose_is_not_taken_for_a_list(path):
+    "A line that begins with a sign or a number and a dot may open one."
+    for cell in cells(path):
+        if cell["cell_type"] == "markdown":
+            text = "".join(cell["source"])
+            text = re.sub(r"```.*?```|\$\$.*?\$\$", "", text, flags=re.S)
+            item = r"(?:[-+*]|\d+[.)])\s"
+            wrong = re.findall(rf"^(?!{item}| |\n).+\n({item}.*)", text, re.M)
+            assert not wrong, (cell["id"], wrong)
+
+
 def test_package_is_in_step(tmp_path):
     "The command itself, in a copy, makes exactly what is committed."
     shutil.copy(ROOT / "settings.ini", tmp_path)
