@@ -31,7 +31,7 @@ from .pretrained import encode_chat
 from .tokenizer import END_OF_TEXT, Tokenizer
 from llm_from_scratch.training import (
     AdamW, TrainConfig, apply_gradients, autocast, fast_settings,
-    parameter_groups,
+    make_optimizer,
 )
 
 # %% ../nbs/18_alignment.ipynb #410a27b6
@@ -272,8 +272,7 @@ def _learner(
 ) -> tuple[AdamW, list[Tensor], TrainConfig]:
     "Its optimizer, what that moves, and the settings of a step."
     settings = _settings(c, learning_rate)
-    return (AdamW(parameter_groups(model, 0.0)), [*model.parameters()],
-            settings)
+    return make_optimizer(model, settings), [*model.parameters()], settings
 
 
 def _frozen(model: TransformerLM) -> TransformerLM:
